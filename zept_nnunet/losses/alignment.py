@@ -1,0 +1,69 @@
+"""Query–knowledge alignment (method, part 7)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TEMPERATURE_BOUNDS = (0.01, 1.0)
+HOST_WEIGHT = 0.5
+"""Weight of "an organ and its tumor" as positives, beside 1 for "tumor and tumor"."""
+
+
+def query_positives(hosts: tuple[tuple[int, ...], ...], num_organs: int) -> Tensor:
+    """Positives of the query–query term, (N, N), N = Q + U: tumor–tumor 1, organ–its tumor 0.5, nothing with itself."""
+    n = num_organs + len(hosts)
+    positives = torch.zeros(n, n)
+    positives[num_organs:, num_organs:] = 1
+    for k, organs in enumerate(hosts):
+        for i in organs:
+            positives[i, num_organs + k] = positives[num_organs + k, i] = HOST_WEIGHT
+    return positives.fill_diagonal_(0)
+
+
+def query_to_knowledge(embedding: Tensor, knowledge: Tensor, temperature: Tensor) -> Tensor:
+    """Each query names its own class among all descriptions, by cosine similarity.
+
+    embedding (B, N, E) of the first N classes, knowledge (M, E), M ≥ N → scalar.
+    """
+    if embedding.shape[1] == 0:
+        return embedding.sum() * 0
+    logits = _cosine(embedding, knowledge.expand(embedding.shape[0], -1, -1)) / _bounded(temperature)
+    own = torch.arange(embedding.shape[1], device=embedding.device).expand(embedding.shape[0], -1)
+    return F.cross_entropy(logits.flatten(0, 1), own.flatten())
+
+
+def query_to_query(embedding: Tensor, positives: Tensor, temperature: Tensor) -> Tensor:
+    """Related queries are close. embedding (B, N, E), positives (N, N) with a zero diagonal → scalar.
+
+    Each row is divided by its positives; the pair of a query with itself and rows without positives are left out.
+    """
+    positives = positives.to(embedding.device)
+    has_positives = positives.sum(1) > 0
+    if embedding.shape[1] < 2 or not bool(has_positives.any()):
+        return embedding.sum() * 0
+    logits = _cosine(embedding, embedding) / _bounded(temperature)
+    itself = torch.eye(len(positives), dtype=torch.bool, device=embedding.device)
+    log_p = torch.log_softmax(logits.masked_fill(itself, float("-inf")), -1).masked_fill(itself, 0.0)
+    target = positives / positives.sum(1, keepdim=True).clamp_min(1e-8)
+    return -(target * log_p).sum(-1)[:, has_positives].mean()
+
+
+def published_alignment(embedding: Tensor, knowledge: Tensor, positives: Tensor, temperature: Tensor) -> Tensor:
+    """As the authors compute it: no L2 norm, and one target for both terms (itself, and every related class)."""
+    n = embedding.shape[1]
+    related = ((positives[:n, :n] > 0).float() + torch.eye(n)).to(embedding.device)
+    loss = embedding.sum() * 0
+    for other in (knowledge[:n].expand(embedding.shape[0], -1, -1), embedding):
+        logits = embedding.float() @ other.float().transpose(1, 2) / _bounded(temperature)
+        loss = loss - (related * torch.log_softmax(logits, -1)).sum(-1).mean()
+    return loss
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.normalize(a.float(), dim=-1, eps=1e-6) @ F.normalize(b.float(), dim=-1, eps=1e-6).transpose(1, 2)
+
+
+def _bounded(temperature: Tensor) -> Tensor:
+    return temperature.clamp(*TEMPERATURE_BOUNDS)

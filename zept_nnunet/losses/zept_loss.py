@@ -1,0 +1,67 @@
+"""The weighted sum of named terms over the scales of deep supervision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zept_nnunet.losses.alignment import published_alignment, query_positives, query_to_knowledge, query_to_query
+from zept_nnunet.losses.segmentation import AnnotatedDiceBCE
+from zept_nnunet.network.zept import ZePT, ZePTOutput
+from zept_nnunet.training.targets import Targets
+
+TERMS = ("organ_support", "organ_healthy", "tumor", "query_to_knowledge", "query_to_query")
+"""The terms of the loss, each logged by its name."""
+
+
+class ZePTLoss(nn.Module):
+    """Call it with the network's output and the targets of each scale; returns the total and its unweighted terms."""
+
+    def __init__(
+        self, network: ZePT, batch_dice: bool, ddp: bool = False, weights: dict[str, float] | None = None
+    ):
+        super().__init__()
+        self.segmentation = AnnotatedDiceBCE(batch_dice, ddp)
+        self.weights = {term: 1.0 for term in TERMS} | (weights or {})
+        self.is_calibrated = network.is_calibrated
+        self.positives = query_positives(network.hosts, network.num_organs)
+        self.num_organs = network.num_organs
+        self.register_buffer("knowledge", torch.cat((network.knowledge_organs, network.knowledge_tumors)), persistent=False)
+
+    def forward(
+        self, output: ZePTOutput, targets: list[Targets], is_annotated: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """targets: fine to coarse, like the output; is_annotated bool (B, Q + U)."""
+        organs, tumors = is_annotated[:, : self.num_organs], is_annotated[:, self.num_organs :]
+        zero = output.anchor * 0
+        terms = dict.fromkeys(TERMS, zero)
+        # as in nnU-Net a scale counts half of the next finer one; the coarsest count too: prompts are made from them
+        scale_weights = [0.5**s for s in range(len(output.support))]
+        for s, weight in enumerate(scale_weights):
+            share, target = weight / sum(scale_weights), targets[s]
+            pairs = {"organ_support": (output.support[s], target.support, organs)}
+            if self.is_calibrated:
+                pairs["organ_healthy"] = (output.healthy[s], target.healthy, organs)
+            if output.tumor:
+                pairs["tumor"] = (output.tumor[s], target.tumor, tumors)
+            for term, (logits, wanted, annotated) in pairs.items():
+                terms[term] = terms[term] + share * self.segmentation(logits, wanted, annotated, target.is_valid)
+        terms["query_to_knowledge"], terms["query_to_query"] = self._alignment(output)
+        total = output.anchor
+        for term, value in terms.items():
+            total = total + self.weights[term] * value
+        return total, {term: value.detach() for term, value in terms.items()}
+
+    def _alignment(self, output: ZePTOutput) -> tuple[Tensor, Tensor]:
+        embedding, knowledge = output.organ_embedding, self.knowledge
+        if output.tumor_embedding.shape[1]:
+            embedding = torch.cat((embedding, output.tumor_embedding), 1)
+        n = embedding.shape[1]
+        positives = self.positives[:n, :n]
+        if not self.is_calibrated:
+            return published_alignment(embedding, knowledge, positives, output.temperature), embedding.sum() * 0
+        return (
+            query_to_knowledge(embedding, knowledge, output.temperature),
+            query_to_query(embedding, positives, output.temperature),
+        )
+

@@ -1,0 +1,288 @@
+"""ZePT's network (paper, figure 2), assembled.
+
+What is unusual about it: no parameter depends on the number of classes. Queries are generated from knowledge vectors,
+which stand in the plans; adding a tumor means adding a vector. What each part computes, as published and as ours, is
+chosen by the plans' decoder settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import Tensor, nn
+
+from zept_nnunet.knowledge import KnowledgeBank
+from zept_nnunet.network.backbone import build_backbone
+from zept_nnunet.network.grouping import GroupingBlock
+from zept_nnunet.network.heads import to_channels
+from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction
+from zept_nnunet.network.query_decoder import AdvancedLayer, JointAttention, MaskHead, QueryGenerator, query_visibility
+from zept_nnunet.network.self_prompting import (
+    calibrated_prompts,
+    calibrated_score,
+    minmax_prompts,
+    minmax_score,
+    over_hosts,
+)
+from zept_nnunet.plans_block import fingerprint
+from zept_nnunet.taxonomy import Taxonomy
+
+_SCORE_LIMIT = 8.0  # the score is a hint for the tumor maps: it must not outvote them without bound
+
+
+class ZePTOutput(NamedTuple):
+    """What training sees (deep supervision on). Lists go from the finest scale to the coarsest, as nnU-Net's targets."""
+
+    support: list[Tensor]  # (B, Q, *): the organ with any tumor in it
+    healthy: list[Tensor]  # (B, Q, *): the organ's healthy tissue
+    tumor: list[Tensor]  # (B, U, *): tumor maps; empty in stage I
+    organ_embedding: Tensor  # (B, Q, E)
+    tumor_embedding: Tensor  # (B, U, E); (B, 0, E) in stage I
+    temperature: Tensor  # scalar, of the alignment
+    anchor: Tensor  # a zero that depends on every query parameter: frozen ones get a gradient of exactly 0
+
+
+class ZePT(nn.Module):
+    """Deep supervision on: a `ZePTOutput`. Off: logits (B, heads, *)."""
+
+    knowledge_organs: Tensor
+    knowledge_tumors: Tensor
+    sees: Tensor
+    tumors_see: Tensor
+
+    def __init__(
+        self,
+        block: Mapping[str, Any],
+        configuration: ConfigurationManager,
+        num_input_channels: int,
+        deep_supervision: bool = True,
+        predict_tumors: bool = True,
+    ):
+        super().__init__()
+        settings = block["decoder"]
+        self.taxonomy = taxonomy = Taxonomy.from_dict(block["taxonomy"])
+        self.hosts = taxonomy.host_indices()
+        self.num_organs, self.num_tumors = len(taxonomy.organs), len(taxonomy.tumors)
+        self.predict_tumors = predict_tumors
+        self.stage = 2  # the trainer sets 1 while only organs are learned
+        self.is_calibrated = settings["score"] == "calibrated"
+        probability = torch.tensor(float(settings["prompt_probability"]))
+        self.prompt_threshold = float(torch.logit(probability) if self.is_calibrated else probability)
+
+        self.encoder, self.decoder, channels = build_backbone(
+            configuration, num_input_channels, fingerprint(block), deep_supervision
+        )
+        width, heads, num_scales = settings["width"], settings["heads"], len(channels)
+        self.num_grouping = max(1, min(settings["grouping_scales"], num_scales - 1))
+
+        bank = KnowledgeBank.from_dict(block["knowledge"])
+        for name, classes in (("organs", taxonomy.organs), ("tumors", taxonomy.tumors)):
+            vectors = torch.from_numpy(bank.matrix(c.name for c in classes))
+            self.register_buffer(f"knowledge_{name}", vectors, persistent=False)
+        is_added = torch.tensor([False] * self.num_organs + [t.added for t in taxonomy.tumors], dtype=torch.bool)
+        self.register_buffer("sees", query_visibility(is_added), persistent=False)
+        self.register_buffer("tumors_see", query_visibility(is_added[self.num_organs :]), persistent=False)
+
+        # queries
+        self.is_learned = settings["queries"] == "learned"
+        if self.is_learned:  # sized by the classes: under seg_layers, where -pretrained_weights skips them
+            self.decoder.seg_layers.queries = nn.Parameter(torch.randn(self.num_organs + self.num_tumors, width) * 0.02)
+        else:
+            self.organ_queries = QueryGenerator(bank.width, width)
+            self.tumor_queries = QueryGenerator(bank.width, width)
+            self.host_to_tumor = nn.Linear(width, width)
+        self.background_queries = nn.Parameter(torch.randn(settings["background_queries"], width) * 0.02)
+
+        # one feature pyramid for grouping and prompting
+        grouped = range(self.num_grouping)
+        self.to_tokens = nn.ModuleList(nn.Linear(channels[s], width) for s in grouped)
+        self.token_norms = nn.ModuleList(nn.LayerNorm(width) for _ in grouped)
+        self.grouping = nn.ModuleList(GroupingBlock(width, heads) for _ in grouped)
+        self.advanced = nn.ModuleList(AdvancedLayer(width, heads) for _ in range(settings["advanced_layers"]))
+        self.joint = JointAttention(width, heads)
+
+        # maps: one head a scale
+        scaled = self.is_calibrated
+        self.support_heads = nn.ModuleList(MaskHead(width, c, scaled) for c in channels)
+        self.healthy_heads = nn.ModuleList(MaskHead(width, c, scaled) for c in (channels if scaled else []))
+        self.tumor_heads = nn.ModuleList(MaskHead(width, c, scaled) for c in channels)
+        self.score_weight = nn.Parameter(torch.tensor(-1.0))  # softplus: 0.31
+
+        # alignment
+        self.to_knowledge = nn.Linear(width, bank.width)
+        self.knowledge_norm = nn.Identity() if scaled else nn.LayerNorm(bank.width)
+        self.log_temperature = nn.Parameter(torch.tensor(0.07).log())
+
+    # ------------------------------------------------------------------------------------------------ forward
+    def forward(self, x: Tensor) -> ZePTOutput | Tensor:
+        """(B, C, *) → `ZePTOutput` while `decoder.deep_supervision` is on, else logits (B, heads, *)."""
+        features = self.decoder(self.encoder(x))
+        if self.decoder.deep_supervision:
+            return self._training_output(features)
+        healthy, tumor, _, _ = self._finest_maps(features)
+        return to_channels(self.taxonomy, healthy, tumor)
+
+    def forward_scores(self, x: Tensor) -> dict[str, Tensor]:
+        """Scores for ranking and for anomaly maps, in log-odds within ±1000.
+
+        (B, C, *) → `tumor_logits` (B, U, *), `anomaly` and `support` (B, Q, *).
+        """
+        _, tumor, support, anomaly = self._finest_maps(self.decoder(self.encoder(x)))
+        limit = LOGIT_LIMIT
+        return {
+            "tumor_logits": tumor.clamp(-limit, limit),
+            "anomaly": anomaly.clamp(-limit, limit),
+            "support": support.clamp(-limit, limit),
+        }
+
+    def _finest_maps(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """healthy, tumor, support, anomaly at the finest scale."""
+        queries = self._refine(features, with_tumors=self.predict_tumors)
+        support, healthy = self._organ_maps(queries.organs, features, -1)
+        score = self._score(support, healthy)
+        if queries.tumors is None:
+            tumor = support.new_full((support.shape[0], self.num_tumors, *support.shape[2:]), -LOGIT_LIMIT)
+        else:
+            tumor, healthy = self._tumor_maps(queries.tumors, features, -1, support, healthy, score)
+        anomaly = score if self.is_calibrated else score.expand_as(support)
+        return healthy, tumor, support, anomaly
+
+    def _training_output(self, features: list[Tensor]) -> ZePTOutput:
+        with_tumors = self.stage == 2 and self.num_tumors > 0
+        queries = self._refine(features, with_tumors)
+        support, healthy, tumor = [], [], []
+        for scale in reversed(range(len(features))):  # fine to coarse
+            if not self.is_calibrated and scale != len(features) - 1:
+                break  # the authors supervise the finest maps alone
+            if scale < self.num_grouping:
+                u, h = queries.coarse[scale]
+            else:
+                u, h = self._organ_maps(queries.organs, features, scale)
+            if queries.tumors is not None:
+                z, h = self._tumor_maps(queries.tumors, features, scale, u, h, self._score(u, h))
+                tumor.append(z)
+            support.append(u)
+            healthy.append(h)
+        batch = features[-1].shape[0]
+        tumor_embedding = (
+            support[0].new_zeros(batch, 0, self.to_knowledge.out_features)
+            if queries.tumors is None
+            else self._embed(queries.tumors, queries.tumors_given)
+        )
+        return ZePTOutput(
+            support,
+            healthy,
+            tumor,
+            self._embed(queries.organs, queries.organs_given),
+            tumor_embedding,
+            self.log_temperature.exp(),
+            self._anchor(),
+        )
+
+    # ------------------------------------------------------------------------------------------------ parts
+    def _refine(self, features: list[Tensor], with_tumors: bool) -> _Queries:
+        """Grouping, prompts, advanced layers, joint attention."""
+        batch = features[0].shape[0]
+        organs_given, tumors_given = self._given_queries()
+        organs_given = organs_given.expand(batch, -1, -1)
+        background = self.background_queries.expand(batch, -1, -1)
+        q = torch.cat((organs_given, background), 1)
+        tokens, coarse = [], []
+        for scale in range(self.num_grouping):
+            x = self.token_norms[scale](self.to_tokens[scale](features[scale].flatten(2).transpose(1, 2)))  # (B, V, D)
+            q = self.grouping[scale](q, x)
+            tokens.append(x)
+            coarse.append(self._organ_maps(q[:, : self.num_organs], features, scale))
+        organs = q[:, : self.num_organs]
+        if not with_tumors or self.num_tumors == 0:
+            return _Queries(organs, organs_given, None, None, coarse)
+
+        tumors_given = tumors_given.expand(batch, -1, -1)
+        t = tumors_given
+        prompts = [self._prompts(u, h) for u, h in coarse]
+        for i, layer in enumerate(self.advanced):
+            scale = i % self.num_grouping
+            t = layer(t, tokens[scale], prompts[scale], self.tumors_see)
+        joint = self.joint(torch.cat((organs, t), 1), self.sees)
+        return _Queries(joint[:, : self.num_organs], organs_given, joint[:, self.num_organs :], tumors_given, coarse)
+
+    def _given_queries(self) -> tuple[Tensor, Tensor]:
+        """Queries before they have seen the image: (Q, D), (U, D)."""
+        if self.is_learned:
+            return self.decoder.seg_layers.queries.split((self.num_organs, self.num_tumors))
+        organs = self.organ_queries(self.knowledge_organs)
+        tumors = self.tumor_queries(self.knowledge_tumors)
+        hosts = [organs[list(h)].mean(0) if h else organs.new_zeros(organs.shape[1]) for h in self.hosts]
+        return organs, tumors + self.host_to_tumor(torch.stack(hosts)) if hosts else tumors
+
+    def _organ_maps(self, organs: Tensor, features: list[Tensor], scale: int) -> tuple[Tensor, Tensor]:
+        support = self.support_heads[scale](organs, features[scale])
+        return support, self.healthy_heads[scale](organs, features[scale]) if self.is_calibrated else support
+
+    def _score(self, support: Tensor, healthy: Tensor) -> Tensor:
+        """Anomaly score map, without gradient: (B, Q, *) in log-odds, or the authors' (B, 1, *) in [0, 1]."""
+        with torch.no_grad():
+            if self.is_calibrated:
+                return calibrated_score(support, healthy)
+            if self.num_organs == 0:
+                return support.new_zeros(support.shape[0], 1, *support.shape[2:])
+            return minmax_score(support)
+
+    def _prompts(self, support: Tensor, healthy: Tensor) -> Tensor:
+        score = self._score(support, healthy).flatten(2)
+        if self.is_calibrated:
+            return calibrated_prompts(support.flatten(2), score, self.hosts, self.prompt_threshold)
+        return minmax_prompts(score, self.num_tumors, self.prompt_threshold)
+
+    def _tumor_maps(
+        self, tumors: Tensor, features: list[Tensor], scale: int, support: Tensor, healthy: Tensor, score: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tumor maps and the healthy maps that go with them (the authors edit these)."""
+        a = self.tumor_heads[scale](tumors, features[scale])
+        if not self.is_calibrated:
+            owners = sorted({organ for h in self.hosts for organ in h})
+            owns = torch.zeros(self.num_organs, device=a.device, dtype=a.dtype).index_fill(
+                0, torch.tensor(owners, device=a.device, dtype=torch.long), 1
+            )
+            return a + score, healthy - score * owns.view(1, -1, *[1] * (a.ndim - 2))
+        weight = nn.functional.softplus(self.score_weight)
+        maps = []
+        scores = over_hosts(score, self.hosts)
+        for k, in_host in enumerate(over_hosts(support.detach(), self.hosts)):
+            if in_host is None:
+                maps.append(a[:, k])
+                continue
+            evidence = a[:, k] + weight * scores[k].clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
+            maps.append(conjunction(in_host.to(evidence.dtype), evidence))
+        return torch.stack(maps, 1), healthy
+
+    def _embed(self, final: Tensor, given: Tensor | None) -> Tensor:
+        """(B, N, D) → (B, N, E). Ours reads what the image added: the generated part would be a copy of the target."""
+        visual = final - given if self.is_calibrated and given is not None else final
+        return self.knowledge_norm(self.to_knowledge(visual))
+
+    def _anchor(self) -> Tensor:
+        backbone = ("encoder.", "decoder.stages", "decoder.transpconvs")
+        return sum(
+            (p.sum() * 0 for n, p in self.named_parameters() if not n.startswith(backbone)),
+            start=self.score_weight.new_zeros(()),
+        )
+
+    # ------------------------------------------------------------------------------------------------ stages
+    def stage_two_parameters(self) -> list[nn.Parameter]:
+        """Parameters that stage I leaves as they are: all that belongs to advanced queries alone."""
+        modules: list[nn.Module] = [self.advanced, self.joint, self.tumor_heads]
+        if not self.is_learned:
+            modules += [self.tumor_queries, self.host_to_tumor]
+        return [p for m in modules for p in m.parameters()] + [self.score_weight]
+
+
+class _Queries(NamedTuple):
+    organs: Tensor
+    organs_given: Tensor
+    tumors: Tensor | None
+    tumors_given: Tensor | None
+    coarse: list[tuple[Tensor, Tensor]]  # support and healthy maps of the grouping scales, coarse to fine

@@ -1,0 +1,96 @@
+"""Label map → what each query should find, on the device; and which classes a case annotates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.names import normalize_name
+from zept_nnunet.taxonomy import Taxonomy
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Boolean targets of one scale."""
+
+    support: Tensor  # (B, Q, *): the organ with its tumors
+    healthy: Tensor  # (B, Q, *): the organ without them
+    tumor: Tensor  # (B, U, *)
+    is_valid: Tensor | None  # (B, 1, *): False where the label is "ignore"; None without an ignore label
+
+
+def make_targets(label_map: Tensor, taxonomy: Taxonomy, organs_include_tumors: bool = False) -> Targets:
+    """Expand an integer label map (B, 1, *).
+
+    `organs_include_tumors`: the healthy target holds tumors too, as in the authors' code.
+    """
+    label_map = label_map.round() if label_map.is_floating_point() else label_map
+    healthy = _equals(label_map, [o.label for o in taxonomy.organs])
+    tumor = _equals(label_map, [t.label for t in taxonomy.tumors])
+    support = healthy.clone()
+    for k, organs in enumerate(taxonomy.host_indices()):
+        owner = _nearest_host(healthy[:, list(organs)]) if len(organs) > 1 else None
+        for position, i in enumerate(organs):
+            in_this_host = tumor[:, k] if owner is None else tumor[:, k] & (owner == position)
+            support[:, i] |= in_this_host
+    is_valid = None if taxonomy.ignore_label is None else label_map != taxonomy.ignore_label
+    return Targets(support, support if organs_include_tumors else healthy, tumor, is_valid)
+
+
+def _nearest_host(healthy: Tensor, grid: int = 12) -> Tensor:
+    """Which of several hosts is nearest: bool (B, H, *) → index (B, *). A kidney tumor belongs to one kidney.
+
+    Found on a coarse grid of the patch, by how far each host's tissue reaches after repeated blurring.
+    """
+    size = tuple(min(grid, n) for n in healthy.shape[2:])
+    pool, blur = (
+        (F.adaptive_avg_pool3d, F.avg_pool3d) if healthy.ndim == 5 else (F.adaptive_avg_pool2d, F.avg_pool2d)
+    )
+    reach = pool(healthy.float(), size)
+    for _ in range(max(size)):
+        reach = reach + 1e-2 * blur(reach, 3, stride=1, padding=1)
+    return F.interpolate(reach, healthy.shape[2:], mode="nearest").argmax(1)
+
+
+def _equals(label_map: Tensor, labels: list[int]) -> Tensor:
+    values = torch.tensor(labels, device=label_map.device, dtype=label_map.dtype)
+    return label_map == values.view(1, -1, *[1] * (label_map.ndim - 2))
+
+
+class Annotations:
+    """Which classes a case labels, by patterns of case identifiers (`zept.annotated` in dataset.json)."""
+
+    def __init__(self, taxonomy: Taxonomy, patterns: Mapping[str, Iterable[str]]):
+        self.names = [o.name for o in taxonomy.organs] + [t.name for t in taxonomy.tumors]
+        self._patterns = {p: {normalize_name(n) for n in names} for p, names in patterns.items()}
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether any pattern is given."""
+        return bool(self._patterns)
+
+    def of_case(self, case: str) -> tuple[bool, ...]:
+        """One bool per class, organs first. A case that matches no pattern labels every class.
+
+        Raises:
+            ZePTError: two patterns match the case and disagree.
+        """
+        matching = {p: names for p, names in self._patterns.items() if fnmatchcase(case, p)}
+        if len({frozenset(names) for names in matching.values()}) > 1:
+            raise ZePTError(
+                f"dataset.json, zept.annotated: the patterns {sorted(matching)} all match case {case!r} and disagree; "
+                "make them exclusive"
+            )
+        for names in matching.values():
+            return tuple(normalize_name(n) in names for n in self.names)
+        return (True,) * len(self.names)
+
+    def of_batch(self, cases: Iterable[str]) -> Tensor:
+        """bool (B, Q + U)."""
+        return torch.tensor([self.of_case(str(c)) for c in cases], dtype=torch.bool).reshape(-1, len(self.names))

@@ -1,0 +1,381 @@
+"""ZePTTrainer: nnU-Net's trainer with ZePT's network, losses and two stages, through its hooks alone.
+
+Stage I learns organs (fundamental queries), stage II tumors too (advanced queries); one run holds both.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json, load_pickle
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, autocast, nn
+from torch._dynamo import OptimizedModule
+
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.losses import TERMS, ZePTLoss
+from zept_nnunet.network.backbone import check_wrappable
+from zept_nnunet.network.heads import to_channels
+from zept_nnunet.network.zept import ZePT, ZePTOutput
+from zept_nnunet.plans_block import DECODER_SETTINGS, build_block, differences, read_block
+from zept_nnunet.taxonomy import Taxonomy, annotated_patterns
+from zept_nnunet.training.orientation import left_right_axis
+from zept_nnunet.training.sampling import TumorFavoringDataset
+from zept_nnunet.training.targets import Annotations, Targets, make_targets
+
+_GRADIENT_NORM = 12  # nnU-Net's
+
+
+class ZePTTrainer(nnUNetTrainer):
+    """Stage I for the first half of the epochs, stage II for the second."""
+
+    variant = "zept"
+    """Which decoder settings the model gets: ours, or "paper"."""
+    fixed_stage: int | None = None
+    """1 or 2 where a trainer runs one stage alone."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
+    ):
+        # all that can be refused is refused before the parent makes the results folder
+        block = self._checked_block(plans, configuration, dataset_json)
+        self.taxonomy = Taxonomy.from_dict(block["taxonomy"])
+        self.annotations = Annotations(self.taxonomy, annotated_patterns(dataset_json))
+        _seed_everything()
+        plans = {**plans, "zept": block}
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self._iteration = 0  # within the epoch
+        self._register_loss_terms()
+
+    @classmethod
+    def _checked_block(cls, plans: dict, configuration: str, dataset_json: dict) -> dict[str, Any]:
+        name = plans["plans_name"]
+        manager = PlansManager({k: v for k, v in plans.items() if k != "continue_training"})
+        check_wrappable(manager.get_configuration(configuration), source=f"{name}.json")
+        block = build_block(dataset_json, cls.variant, f"dataset.json of {plans['dataset_name']}")
+        if "zept" in plans:  # from ZePTPlanner: its knowledge and settings hold
+            planned = read_block(plans, f"{name}.json")
+            if planned["taxonomy"] != block["taxonomy"]:
+                raise ZePTError(
+                    f"{name}.json was planned for other classes than {plans['dataset_name']}/dataset.json names now; "
+                    "plan again: zept plan -d ID"
+                )
+            decoder = planned["decoder"] if cls.variant == "zept" else DECODER_SETTINGS[cls.variant]
+            block = {**planned, "decoder": dict(decoder)}
+        if nnUNet_results.is_set():
+            folder = join(nnUNet_results, plans["dataset_name"], f"{cls.__name__}__{name}__{configuration}")
+            cls._check_model_folder(folder, block)
+        return block
+
+    @staticmethod
+    def _check_model_folder(folder: str, block: dict[str, Any]) -> None:
+        """Every fold's start rewrites plans.json there, and it must go on to describe the folds that stand beside it."""
+        plans_file = join(folder, "plans.json")
+        if not isfile(plans_file):
+            return
+        different = differences(read_block(load_json(plans_file), plans_file), block)
+        if different:
+            raise ZePTError(
+                f"{plans_file} belongs to a model with another {', another '.join(different)}: a fold trained now could "
+                "not be used together with the folds that stand there. Remove or rename that folder, or restore the "
+                "dataset.json and plans that it was trained with"
+            )
+
+    # ------------------------------------------------------------------------------------------------ building
+    @classmethod
+    def _predicts_tumors(cls) -> bool:
+        return cls.fixed_stage != 1
+
+    @classmethod
+    def build_network_architecture(  # type: ignore[override]
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build from the plans alone, in training and at inference.
+
+        Raises:
+            ZePTError: the plans hold no `zept` block, or its channels are not those of the labels.
+        """
+        block = read_block(plans_manager.plans, f"plans.json ({plans_manager.plans_name})")
+        heads = len(Taxonomy.from_dict(block["taxonomy"]).channels)
+        if heads != num_output_channels:
+            raise ZePTError(
+                f"dataset.json asks for {num_output_channels} output channels, the 'zept' block of plans.json describes "
+                f"{heads}: the two files do not belong together. Restore the files that stood in the model folder"
+            )
+        return ZePT(
+            block, configuration_manager, num_input_channels, enable_deep_supervision, cls._predicts_tumors()
+        )
+
+    def _build_loss(self) -> nn.Module:
+        batch_dice = self.configuration_manager.batch_dice and not (self.is_ddp and self.annotations.is_partial)
+        return ZePTLoss(self._zept(), batch_dice, self.is_ddp).to(self.device)
+
+    def _zept(self) -> ZePT:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = self.network.module if isinstance(self.network, nn.parallel.DistributedDataParallel) else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Switch the type of the network's output."""
+        self._zept().decoder.deep_supervision = enabled
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """nnU-Net's SGD. Groups are the same in both stages; no weight decay on norms, biases and tokens."""
+        network = self._zept()
+        advanced = {id(p) for p in network.stage_two_parameters()}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, p in network.named_parameters():
+            in_backbone = name.startswith(("encoder.", "decoder.stages", "decoder.transpconvs"))
+            decays = in_backbone or (p.ndim > 1 and not name.endswith(("queries", "token")))
+            groups.setdefault((id(p) in advanced, decays), []).append(p)
+        optimizer = torch.optim.SGD(
+            [
+                {
+                    "params": parameters,
+                    "weight_decay": self.weight_decay if decays else 0.0,
+                    "trained_decay": self.weight_decay if decays else 0.0,
+                    "is_advanced": is_advanced,
+                }
+                for (is_advanced, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+            ],
+            lr=self.initial_lr,
+            momentum=0.99,
+            nesterov=True,
+        )
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    # ------------------------------------------------------------------------------------------------ stages
+    def stage_at(self, epoch: int, iteration: int) -> int:
+        """1 or 2. The switch is at half of the epochs, and at half of the iterations where there is one epoch."""
+        if self.fixed_stage is not None:
+            return self.fixed_stage
+        if not self.taxonomy.organs:
+            return 2  # nothing to learn in stage I
+        if self.num_epochs > 1:
+            return 1 if epoch < self.num_epochs // 2 else 2
+        return 1 if iteration < self.num_iterations_per_epoch // 2 else 2
+
+    def _enter_stage(self) -> int:
+        """Set the network and the optimizer to the stage of the current iteration."""
+        stage = self.stage_at(self.current_epoch, self._iteration)
+        network = self._zept()
+        if network.stage != stage or self._iteration == 0:
+            if network.stage != stage:
+                self.print_to_log_file(f"Stage {'I: organs' if stage == 1 else 'II: organs and tumors'}")
+            network.stage = stage
+            for group in self.optimizer.param_groups:
+                frozen = stage == 1 and group["is_advanced"]
+                group["lr"] = 0.0 if frozen else self.optimizer.param_groups[0]["lr"]
+                group["weight_decay"] = 0.0 if frozen else group["trained_decay"]
+        return stage
+
+    # ------------------------------------------------------------------------------------------------ data
+    @staticmethod
+    def get_training_transforms(*args: Any, **kwargs: Any) -> Any:
+        """nnU-Net's, but the integer label map stays: regions are made on the device (nnU-Net's issue 2136)."""
+        return nnUNetTrainer.get_training_transforms(*args, **{**kwargs, "regions": None})
+
+    @staticmethod
+    def get_validation_transforms(*args: Any, **kwargs: Any) -> Any:
+        """As `get_training_transforms`."""
+        return nnUNetTrainer.get_validation_transforms(*args, **{**kwargs, "regions": None})
+
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
+        """nnU-Net's split; training cases favor tumors among their foreground."""
+        training, validation = super().get_tr_and_val_datasets()
+        labels = frozenset(t.label for t in self.taxonomy.tumors)
+        if labels and self.fixed_stage != 1:
+            training = TumorFavoringDataset(training, labels)
+        return training, validation
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, bool, Any, tuple[int, ...]]:
+        """nnU-Net's, without the mirroring that would swap left and right structures."""
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if self.taxonomy.is_lateral:
+            swapped = self._left_right_axes()
+            mirror_axes = tuple(a for a in mirror_axes if a not in swapped)
+            self.inference_allowed_mirroring_axes = mirror_axes or None
+            self.print_to_log_file(f"left and right are told apart: mirroring only along axes {mirror_axes}")
+        return rotation, dummy_2d, initial_patch_size, mirror_axes
+
+    def _left_right_axes(self) -> set[int]:
+        """The patch's axes along which left and right lie, over all cases; all axes where a file does not say."""
+        dimensions = len(self.configuration_manager.patch_size)
+        axes: set[int] = set()
+        for case in self.dataset_class.get_identifiers(self.preprocessed_dataset_folder):
+            properties = load_pickle(join(self.preprocessed_dataset_folder, case + ".pkl"))
+            axis = left_right_axis(properties, self.plans_manager.transpose_forward)
+            if axis is None:
+                return set(range(dimensions))
+            axes.add(axis - (3 - dimensions))  # 2D drops the first axis
+        return axes
+
+    # ------------------------------------------------------------------------------------------------ logging
+    def _register_loss_terms(self) -> None:
+        logging = self.logger.local_logger.my_fantastic_logging
+        epochs = len(logging["train_losses"])
+        for key in (*(f"loss_{term}" for term in TERMS), "stage"):
+            logging.setdefault(key, [0.0] * epochs)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """nnU-Net's, with the file's name in the error where its classes or knowledge differ."""
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+        except ZePTError as error:
+            raise ZePTError(f"{filename_or_checkpoint}: {error}") from error
+        self._register_loss_terms()
+
+    def on_train_start(self) -> None:
+        """nnU-Net's, and the taxonomy as a table."""
+        super().on_train_start()
+        self.print_to_log_file("\nClasses:\n" + self.taxonomy.table() + "\n", add_timestamp=False)
+        names = self.dataset_json.get("channel_names") or self.dataset_json.get("modality") or {}
+        if not any(str(n).lower() == "ct" for n in names.values()):
+            self.print_to_log_file("WARNING: no CT channel: what is only for CT (Hounsfield units) is off")
+
+    # ------------------------------------------------------------------------------------------------ steps
+    def on_train_epoch_start(self) -> None:
+        """nnU-Net's, then the stage: its scheduler writes one learning rate into every group."""
+        super().on_train_epoch_start()
+        self._iteration = 0
+        self._enter_stage()
+
+    def train_step(self, batch: dict) -> dict:
+        """One optimizer step; returns the loss and its terms by name."""
+        self._enter_stage()
+        self._iteration += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        _, _, loss, terms = self._forward(batch)
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), _GRADIENT_NORM)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), _GRADIENT_NORM)
+            self.optimizer.step()
+        return {"loss": loss.detach().cpu().numpy(), **{term: value.cpu().numpy() for term, value in terms.items()}}
+
+    def _forward(self, batch: dict) -> tuple[ZePTOutput, Tensor, Tensor, dict[str, Tensor]]:
+        """Output, finest label map, loss, terms."""
+        data = batch["data"].to(self.device, non_blocking=True)
+        maps = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
+        maps = [m.to(self.device, non_blocking=True) for m in maps]
+        annotated = self.annotations.of_batch(batch["keys"])
+        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
+            output = self.network(data)
+            targets = [self._targets(m) for m in maps[: len(output.support)]]
+            loss, terms = self.loss(output, targets, annotated)
+        return output, maps[0], loss, terms
+
+    def _targets(self, label_map: Tensor) -> Targets:
+        return make_targets(label_map, self.taxonomy, organs_include_tumors=self.variant == "paper")
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log the loss and each of its terms."""
+        super().on_train_epoch_end(train_outputs)
+        outputs = collate_outputs(train_outputs)
+        means = {term: float(np.mean(self._gather(np.mean(outputs[term])))) for term in TERMS}
+        for term, value in means.items():
+            self.logger.log(f"loss_{term}", value, self.current_epoch)
+        self.logger.log("stage", self._zept().stage, self.current_epoch)
+        self.print_to_log_file("loss terms", {term: round(value, 4) for term, value in means.items()})
+
+    def validation_step(self, batch: dict) -> dict:
+        """Loss and voxel counts per output channel, over the cases that annotate it."""
+        output, label_map, loss, _ = self._forward(batch)
+        tumors = output.tumor[0] if output.tumor else None
+        healthy = output.healthy[0]
+        if tumors is None:
+            tumors = healthy.new_full((healthy.shape[0], len(self.taxonomy.tumors), *healthy.shape[2:]), -1000.0)
+        logits = to_channels(self.taxonomy, healthy, tumors)
+        wanted = make_targets(label_map, self.taxonomy)
+        reference, annotated = self._reference_channels(wanted, self.annotations.of_batch(batch["keys"]))
+        if self.taxonomy.has_regions:
+            predicted = logits > 0
+        else:
+            predicted = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.argmax(1, keepdim=True), True)
+        counts = annotated.to(logits.device).view(*annotated.shape, *[1] * (logits.ndim - 2))
+        counts = counts if wanted.is_valid is None else counts & wanted.is_valid
+        axes = [0, *range(2, logits.ndim)]
+        keep = [c for c, members in enumerate(self.taxonomy.channels) if members]  # not background
+        return {
+            "loss": loss.detach().cpu().numpy(),
+            "tp_hard": (predicted & reference & counts).sum(axes).cpu().numpy()[keep],
+            "fp_hard": (predicted & ~reference & counts).sum(axes).cpu().numpy()[keep],
+            "fn_hard": (~predicted & reference & counts).sum(axes).cpu().numpy()[keep],
+        }
+
+    def _reference_channels(self, wanted: Targets, is_annotated: Tensor) -> tuple[Tensor, Tensor]:
+        """Reference (B, heads, *) and whether a case annotates the channel (B, heads)."""
+        maps, annotated = [], []
+        num_organs = len(self.taxonomy.organs)
+        for organs, tumors in self.taxonomy.channel_indices():
+            members = [wanted.healthy[:, i] for i in organs] + [wanted.tumor[:, k] for k in tumors]
+            empty = torch.zeros_like((wanted.healthy if num_organs else wanted.tumor)[:, 0])
+            maps.append(torch.stack(members).any(0) if members else empty)
+            annotated.append(is_annotated[:, [*organs, *(num_organs + k for k in tumors)]].all(1))
+        return torch.stack(maps, 1), torch.stack(annotated, 1)
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Pseudo Dice over the classes that this stage learns and this epoch's cases annotate; never NaN."""
+        outputs = collate_outputs(val_outputs)
+        tp, fp, fn = (np.sum(self._gather(np.sum(outputs[k], 0)), 0) for k in ("tp_hard", "fp_hard", "fn_hard"))
+        stage = self._zept().stage
+        members = [c for c in self.taxonomy.channel_indices() if c[0] or c[1]]
+        is_learned = np.array([stage == 2 or bool(organs) for organs, _ in members])
+        voxels = 2 * tp + fp + fn
+        dice = np.where(voxels > 0, 2 * tp / np.maximum(voxels, 1), np.nan)
+        counted = dice[is_learned & np.isfinite(dice)]
+        mean = float(counted.mean()) if counted.size else 0.0
+        self.logger.log("mean_fg_dice", mean, self.current_epoch)
+        if self.current_epoch > 0 and self.stage_at(self.current_epoch - 1, 0) != stage:
+            # other classes count from here on: the moving average starts again, or checkpoint_best stays in stage I
+            self.logger.log("ema_fg_dice", mean, self.current_epoch)
+            self._best_ema = None
+        self.logger.log("dice_per_class_or_region", list(dice), self.current_epoch)
+        self.logger.log("val_losses", float(np.mean(self._gather(np.mean(outputs["loss"])))), self.current_epoch)
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The value of every process of a DDP training."""
+        if not self.is_ddp:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _seed_everything() -> None:
+    """`ZEPT_SEED` makes a training repeatable, together with nnUNet_n_proc_DA=0."""
+    seed = os.environ.get("ZEPT_SEED")
+    if seed is None:
+        return
+    if not seed.isdigit():
+        raise ZePTError(f"ZEPT_SEED must be a non-negative integer, got {seed!r}")
+    random.seed(int(seed))
+    np.random.seed(int(seed) % 2**32)
+    torch.manual_seed(int(seed))
