@@ -1,0 +1,1 @@
+"""Planners and plan presets. Installed as `zept_nnunet.plans`."""

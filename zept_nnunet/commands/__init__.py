@@ -1,0 +1,1 @@
+"""The subcommands of `zept`, one module each with `register(subparsers)`."""

@@ -1,0 +1,1 @@
+"""The folder that the demo puts on nnUNet_extTrainer."""
