@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from tests.small_plans import DATASET_JSON, make_network
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.network.heads import to_channels
+from zept_nnunet.network.zept import ZePT, ZePTOutput
+from zept_nnunet.plans_block import add_tumor_to_block, build_block
+from zept_nnunet.taxonomy import Taxonomy
+
+REGIONS = {
+    **DATASET_JSON,
+    "labels": {"background": 0, "liver": [1, 2], "liver tumor": 2, "spleen": 3},
+    "regions_class_order": [1, 2, 3],
+}
+
+
+@pytest.mark.parametrize("variant", ["zept", "paper"])
+def test_output_type_follows_deep_supervision_and_not_training(
+    dimensions: int, image: torch.Tensor, variant: str
+) -> None:
+    network = make_network(dimensions, variant=variant)
+    for mode in (network.train, network.eval):
+        mode()
+        network.decoder.deep_supervision = True
+        output = network(image)
+        assert isinstance(output, ZePTOutput)
+        assert output.support[0].shape == (2, 3, *image.shape[2:])
+        assert output.tumor[0].shape == (2, 2, *image.shape[2:])
+        network.decoder.deep_supervision = False
+        logits = network(image)
+        assert logits.shape == (2, 6, *image.shape[2:]) and logits.is_contiguous()
+        assert torch.equal(logits[:, 0], torch.zeros_like(logits[:, 0]))
+
+
+def test_deep_supervision_outputs_agree_with_the_prediction(network: ZePT, image: torch.Tensor) -> None:
+    network.eval()
+    output = network(image)
+    network.decoder.deep_supervision = False
+    want = to_channels(network.taxonomy, output.healthy[0], output.tumor[0])
+    assert torch.allclose(network(image), want, atol=1e-5)
+
+
+def test_regions_report_unions_within_the_limit(dimensions: int, image: torch.Tensor) -> None:
+    network = make_network(dimensions, REGIONS, deep_supervision=False).eval()
+    logits = network(image)
+    scores = network.forward_scores(image)
+    assert logits.shape[1] == 3
+    assert (logits[:, 0] >= logits[:, 1] - 1e-4).all()  # liver holds its tumor
+    assert torch.allclose(logits[:, 1], scores["tumor_logits"][:, 0], atol=1e-5)
+
+
+def test_parameters_do_not_depend_on_the_classes(dimensions: int) -> None:
+    few = {**DATASET_JSON, "labels": {"background": 0, "colon": 1, "colon cancer": 2}}
+    shapes = [
+        {k: v.shape for k, v in make_network(dimensions, d).state_dict().items()} for d in (DATASET_JSON, few, REGIONS)
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_organs_only_one_organ_and_body_as_host(dimensions: int, image: torch.Tensor) -> None:
+    with pytest.warns(UserWarning, match="body"):
+        build_block({**DATASET_JSON, "labels": {"background": 0, "tumor": 1}})
+    for labels in ({"background": 0, "liver": 1}, {"background": 0, "tumor": 1}):
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = make_network(dimensions, {**DATASET_JSON, "labels": labels})
+        network(image)
+        network.decoder.deep_supervision = False
+        assert network(image).shape[1] == 2
+
+
+def test_an_added_tumor_leaves_the_maps_of_the_trained_classes(dimensions: int, image: torch.Tensor) -> None:
+    block = build_block(deepcopy(DATASET_JSON))
+    before = make_network(dimensions, block=block, deep_supervision=False).eval()
+    grown = add_tumor_to_block(block, "pancreas tumor", ("pancreas",), 6)
+    after = make_network(dimensions, block=grown, deep_supervision=False, seed=1).eval()
+    after.load_state_dict(before.state_dict())  # the fingerprint stays
+    old, new = before(image), after(image)
+    assert new.shape[1] == 7
+    assert torch.allclose(new[:, :6], old, atol=1e-5)
+    assert Taxonomy.from_dict(grown["taxonomy"]).tumors[-1].added
+
+
+def test_other_knowledge_is_refused_on_load(dimensions: int) -> None:
+    network = make_network(dimensions)
+    other = deepcopy(DATASET_JSON) | {"zept": {"knowledge": {"liver": "another text"}}}
+    with pytest.raises(ZePTError, match="other classes, knowledge"):
+        make_network(dimensions, other).load_state_dict(network.state_dict())
+    make_network(dimensions).load_state_dict(network.state_dict())
+
+
+def test_tumor_wins_where_its_host_supports_it() -> None:
+    taxonomy = Taxonomy.from_dict(build_block(deepcopy(DATASET_JSON))["taxonomy"])
+    from zept_nnunet.network.logits import conjunction
+
+    u, a, h = (torch.tensor(v) for v in (8.0, 8.0, -8.0))
+    organs = torch.full((1, 3, 1, 1), -8.0)
+    organs[:, 0] = h
+    tumors = torch.full((1, 2, 1, 1), -8.0)
+    tumors[:, 0] = conjunction(u, a)
+    assert to_channels(taxonomy, organs, tumors).argmax(1).item() == 4  # liver_tumor
+
+
+@pytest.mark.parametrize("variant", ["zept", "paper"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_parameter_gets_a_gradient_and_a_frozen_one_exactly_zero(
+    dimensions: int, image: torch.Tensor, variant: str, stage: int
+) -> None:
+    network = make_network(dimensions, variant=variant)
+    network.stage = stage
+    output = network(image)
+    total = output.anchor + output.organ_embedding.square().sum() + output.tumor_embedding.square().sum()
+    for maps in (output.support, output.healthy, output.tumor):
+        total = total + sum(m.square().mean() for m in maps)
+    total.backward()
+    advanced = {id(p) for p in network.stage_two_parameters()}
+    for name, p in network.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+        if id(p) in advanced and stage == 1:
+            assert (p.grad == 0).all(), name
+        elif variant == "zept" and name != "log_temperature":
+            zero_at_start = "joint." in name and not name.startswith("joint.attention.to_out")
+            assert zero_at_start or p.grad.abs().sum() > 0 or "to_k.bias" in name, name
+
+
+def test_unusual_inputs_give_no_nan(dimensions: int, image: torch.Tensor) -> None:
+    for variant in ("zept", "paper"):
+        network = make_network(dimensions, variant=variant, deep_supervision=False).eval()
+        for x in (torch.zeros_like(image), torch.full_like(image, -5.0), image * 1e3):
+            assert torch.isfinite(network(x)).all()
+
+
+def test_stage_one_trainer_predicts_no_tumor(dimensions: int, image: torch.Tensor) -> None:
+    network = make_network(dimensions, deep_supervision=False).eval()
+    network.predict_tumors = False
+    assert (network(image)[:, 4:] == -1000).all()
