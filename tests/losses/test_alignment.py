@@ -28,6 +28,7 @@ def test_positives_are_tumor_tumor_and_organ_with_its_tumor() -> None:
     assert torch.equal(query_positives(HOSTS, 3), want)
 
 
+@torch.no_grad()
 def test_query_to_knowledge_equals_loops() -> None:
     torch.manual_seed(0)
     e, k = torch.randn(2, 3, 8), torch.randn(5, 8)
@@ -39,6 +40,7 @@ def test_query_to_knowledge_equals_loops() -> None:
     assert query_to_knowledge(e, k, TAU).item() == pytest.approx(sum(values) / len(values), abs=1e-5)
 
 
+@torch.no_grad()
 def test_query_to_query_equals_loops_and_leaves_out_the_self_pair() -> None:
     torch.manual_seed(0)
     e, positives = torch.randn(2, 5, 8), query_positives(HOSTS, 3)

@@ -26,6 +26,7 @@ def test_noise_is_gumbel_and_only_when_asked() -> None:
     assert torch.equal(assign(scores), assign(scores))
 
 
+@torch.no_grad()
 def test_block_equals_loops_over_voxels_and_queries() -> None:
     torch.manual_seed(0)
     block = GroupingBlock(8, 2).eval()

@@ -1,0 +1,135 @@
+"""Plan → train five folds → find best configuration → predict → ensemble → postprocess → evaluate → export."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from tests.commands import Workspace
+from tests.conftest import read_json
+
+pytestmark = pytest.mark.slow
+PREDICT = ("-device", "cpu", "-npp", "1", "-nps", "1", "--disable_progress_bar")
+
+
+def _voxels(folder: Path) -> dict[str, np.ndarray]:
+    return {p.name: sitk.GetArrayFromImage(sitk.ReadImage(str(p))) for p in sorted(folder.glob("*.nii.gz"))}
+
+
+@pytest.fixture(scope="module")
+def predictions(workspace: Workspace, trained: Path) -> dict[str, Path]:
+    """Test images predicted with all five folds, per configuration."""
+    folders = {}
+    for configuration in ("2d", "3d_fullres"):
+        out = folders[configuration] = workspace.root / f"pred_{configuration}"
+        workspace.run(
+            "nnUNetv2_predict", "-i", trained / "imagesTs", "-o", out, "-d", "901", "-tr", "ZePTTrainerTest",
+            "-c", configuration, "--save_probabilities", *PREDICT,
+        )  # fmt: skip
+    return folders
+
+
+def test_a_fold_leaves_what_nnunet_leaves(workspace: Workspace, trained: Path) -> None:
+    for configuration in ("2d", "3d_fullres"):
+        model = workspace.model(trained.name, configuration)
+        plans = read_json(model / "plans.json")
+        assert set(plans["zept"]) >= {"version", "taxonomy", "knowledge", "decoder"}
+        for fold in range(5):
+            folder = model / f"fold_{fold}"
+            for name in ("checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "validation/summary.json"):
+                assert (folder / name).is_file(), f"{folder / name}"
+            assert list((folder / "validation").glob("*.npz"))
+            log = next(folder.glob("training_log_*.txt")).read_text()
+            assert "Stage I: organs" in log and "Stage II: organs and tumors" in log
+            for term in ("organ_support", "organ_healthy", "tumor", "query_to_knowledge", "query_to_query"):
+                assert term in log
+            for written in (log, (folder / "debug.json").read_text()):
+                assert "vector of 384" in written or "vectors" not in written
+                assert len(written) < 200_000  # knowledge vectors stay out of log and debug.json
+
+
+def test_left_and_right_switch_off_mirroring_along_x(workspace: Workspace, trained: Path) -> None:
+    import torch
+
+    axes = {}
+    for configuration in ("2d", "3d_fullres"):
+        file = workspace.model(trained.name, configuration) / "fold_0" / "checkpoint_final.pth"
+        axes[configuration] = torch.load(file, weights_only=False)["inference_allowed_mirroring_axes"]
+    transpose = read_json(workspace.model(trained.name, "2d") / "plans.json")["transpose_forward"]
+    x = transpose.index(2)
+    assert axes["3d_fullres"] == tuple(a for a in range(3) if a != x)
+    assert axes["2d"] == tuple(a - 1 for a in (1, 2) if a != x)
+
+
+def test_best_configuration_with_ensembling_then_postprocessing_and_evaluation(
+    workspace: Workspace, trained: Path, predictions: dict[str, Path]
+) -> None:
+    workspace.run("nnUNetv2_find_best_configuration", "901", "-tr", "ZePTTrainerTest", "-c", "2d", "3d_fullres", "-np", "1")
+    results = workspace.results / trained.name
+    assert read_json(results / "inference_information.json")["best_model_or_ensemble"]
+    ensembled, final = workspace.root / "ensembled", workspace.root / "postprocessed"
+    workspace.run("nnUNetv2_ensemble", "-i", *predictions.values(), "-o", ensembled, "-np", "1")
+    model = workspace.model(trained.name, "3d_fullres")
+    workspace.run(
+        "nnUNetv2_apply_postprocessing", "-i", ensembled, "-o", final, "-np", "1",
+        "-pp_pkl_file", model / "crossval_results_folds_0_1_2_3_4" / "postprocessing.pkl",
+        "-plans_json", model / "plans.json", "-dataset_json", model / "dataset.json",
+    )  # fmt: skip
+    workspace.run(
+        "nnUNetv2_evaluate_folder", trained / "labelsTs", final, "-np", "1",
+        "-djfile", model / "dataset.json", "-pfile", model / "plans.json",
+    )  # fmt: skip
+    assert read_json(final / "summary.json")["metric_per_case"]
+
+
+def test_export_and_install_predict_the_same_voxels(
+    workspace: Workspace, trained: Path, predictions: dict[str, Path], tmp_path: Path
+) -> None:
+    archive = tmp_path / "model.zip"
+    workspace.run(
+        "nnUNetv2_export_model_to_zip", "-d", "901", "-o", archive, "-c", "3d_fullres", "-tr", "ZePTTrainerTest",
+    )  # fmt: skip
+    empty = Workspace(tmp_path / "elsewhere")
+    empty.run("nnUNetv2_install_pretrained_model_from_zip", archive)
+    empty.run(
+        "nnUNetv2_predict", "-i", trained / "imagesTs", "-o", tmp_path / "again", "-d", trained.name,
+        "-tr", "ZePTTrainerTest", "-c", "3d_fullres", *PREDICT,
+    )  # fmt: skip
+    before, after = _voxels(predictions["3d_fullres"]), _voxels(tmp_path / "again")
+    assert before.keys() == after.keys() and before
+    for name in before:
+        assert np.array_equal(before[name], after[name])
+
+
+def test_add_tumor_for_all_folds_then_predict_export_and_install(
+    workspace: Workspace, trained: Path, predictions: dict[str, Path], tmp_path: Path
+) -> None:
+    model = workspace.model(trained.name, "3d_fullres")
+    before = {p: p.stat().st_mtime_ns for p in sorted(model.rglob("*"))}
+    workspace.run("zept", "add-tumor", model, "--declared")
+    assert {p: p.stat().st_mtime_ns for p in sorted(model.rglob("*"))} == before, "the old folder stays untouched"
+    plus = workspace.model(trained.name, "3d_fullres", plans="nnUNetPlans_plus")
+    labels = read_json(plus / "dataset.json")["labels"]
+    new_label = max(v for v in labels.values())
+    predict = ("-d", trained.name, "-tr", "ZePTTrainerTest", "-p", "nnUNetPlans_plus", "-c", "3d_fullres", *PREDICT)
+    workspace.run("nnUNetv2_predict", "-i", trained / "imagesTs", "-o", tmp_path / "plus", *predict)
+    old, new = _voxels(predictions["3d_fullres"]), _voxels(tmp_path / "plus")
+    for name in old:
+        kept = new[name] != new_label
+        assert np.array_equal(old[name][kept], new[name][kept])
+
+    archive, empty = tmp_path / "plus.zip", Workspace(tmp_path / "elsewhere")
+    workspace.run(
+        "nnUNetv2_export_model_to_zip", "-d", "901", "-o", archive, "-c", "3d_fullres", "-tr", "ZePTTrainerTest",
+        "-p", "nnUNetPlans_plus",
+    )  # fmt: skip
+    empty.run("nnUNetv2_install_pretrained_model_from_zip", archive)
+    empty.run("nnUNetv2_predict", "-i", trained / "imagesTs", "-o", tmp_path / "again", *predict)
+    again = _voxels(tmp_path / "again")
+    for name in new:
+        assert np.array_equal(new[name], again[name])
+    shutil.rmtree(plus)

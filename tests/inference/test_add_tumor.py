@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from tests.inference.model_folder import make_model_folder, read_json, write_checkpoint
+from tests.small_plans import DATASET_JSON, make_network
+from zept_nnunet.commands import add_tumor as command
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors, declared_requests
+from zept_nnunet.taxonomy import Taxonomy
+
+PANCREAS = TumorRequest("pancreas tumor", ("pancreas",))
+REGIONS: dict[str, Any] = {
+    "channel_names": {"0": "CT"},
+    "labels": {"background": 0, "liver": [1, 2], "ignore": 4, "liver_tumor": [2], "spleen": [3]},
+    "regions_class_order": [1, 2, 3],
+    "numTraining": 5,
+    "file_ending": ".nii.gz",
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model_folder(tmp_path)
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.register(parser.add_subparsers())
+    return parser.parse_args(["add-tumor", *argv])
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+def test_default_output_is_a_sibling_that_holds_what_export_asks_for(model: Path) -> None:
+    before = tree(model)
+    added = add_tumors(model, [PANCREAS])
+    assert tree(model) == before
+    assert added.folder == model.parent / "ZePTTrainer__nnUNetPlans_plus__3d_fullres"
+    assert added.tumors == (("pancreas tumor", 6, ("pancreas",)),)
+    per_fold = ("checkpoint_best.pth", "checkpoint_final.pth", "debug.json", "progress.png", "validation/summary.json")
+    assert set(tree(added.folder)) == {
+        "dataset.json",
+        "plans.json",
+        "dataset_fingerprint.json",
+        *(f"fold_{f}/{name}" for f in (0, 1) for name in per_fold),
+        *(
+            f"crossval_results_folds_0_1/{name}"
+            for name in ("summary.json", "postprocessing.pkl", "postprocessing.json", "plans.json", "dataset.json")
+        ),
+    }
+    plans, dataset_json = read_json(added.folder / "plans.json"), read_json(added.folder / "dataset.json")
+    assert plans["plans_name"] == "nnUNetPlans_plus"
+    assert plans["zept"]["added"]["pancreas tumor"]["unseen"] is True
+    assert dataset_json["labels"] == {**DATASET_JSON["labels"], "pancreas tumor": 6}
+    assert dataset_json["zept"] == {"tumors": {"pancreas tumor": {"hosts": ["pancreas"]}}}
+    assert read_json(added.folder / "crossval_results_folds_0_1" / "dataset.json") == dataset_json
+    assert not list(model.parent.glob(".*"))
+    checkpoint = added.folder / "fold_0" / "checkpoint_final.pth"
+    assert os.path.samefile(checkpoint, model / "fold_0" / "checkpoint_final.pth")
+    assert any("hard links" in note for note in added.notes)
+
+
+def test_copies_share_nothing(model: Path, tmp_path: Path) -> None:
+    added = add_tumors(model, [PANCREAS], tmp_path / "out", copy_checkpoints=True)
+    assert added.folder == tmp_path / "out"
+    assert not os.path.samefile(added.folder / "fold_0/checkpoint_final.pth", model / "fold_0/checkpoint_final.pth")
+    assert added.notes == ()
+
+
+def test_new_network_loads_the_old_weights_and_changes_no_old_channel(model: Path) -> None:
+    added = add_tumors(model, [PANCREAS])
+    x = torch.randn(1, 1, 16, 24, 16)
+    outputs = []
+    for folder in (model, added.folder):
+        network = make_network(block=read_json(folder / "plans.json")["zept"], deep_supervision=False).eval()
+        weights = torch.load(folder / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+        network.load_state_dict(weights)
+        with torch.inference_mode():
+            outputs.append(network(x))
+    heads = (
+        PlansManager(read_json(added.folder / "plans.json"))
+        .get_label_manager(read_json(added.folder / "dataset.json"))
+        .num_segmentation_heads
+    )
+    assert outputs[1].shape[1] == heads == 7
+    torch.testing.assert_close(outputs[1][:, :6], outputs[0], rtol=0, atol=1e-4)
+
+
+def test_region_dataset_with_ignore_between(tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path, REGIONS)
+    added = add_tumors(model, [TumorRequest("spleen lesion"), TumorRequest("liver cyst", ("liver",), "thin wall")])
+    dataset_json = read_json(added.folder / "dataset.json")
+    assert added.tumors == (("spleen lesion", 4, ("spleen",)), ("liver cyst", 5, ("liver",)))
+    assert dataset_json["labels"] == {**REGIONS["labels"], "ignore": 6, "spleen lesion": 4, "liver cyst": 5}
+    assert dataset_json["regions_class_order"] == [1, 2, 3, 4, 5]
+    assert dataset_json["zept"]["knowledge"] == {"liver cyst": "thin wall"}
+    assert any("moved from 4 to 6" in note for note in added.notes)
+    plans = read_json(added.folder / "plans.json")
+    manager = PlansManager(plans).get_label_manager(dataset_json)
+    assert manager.ignore_label == 6
+    assert manager.num_segmentation_heads == 5 == len(Taxonomy.from_dict(plans["zept"]["taxonomy"]).channels)
+
+
+def test_declared_tumors_get_their_labels_and_stop_being_unseen(tmp_path: Path) -> None:
+    declared = {
+        "kidney cyst": {"hosts": ["spleen"]},
+        "pancreas tumor": {"hosts": ["pancreas"], "label": 7},
+        "spleen cyst": {"hosts": ["spleen"], "label": 6},
+    }
+    dataset_json = {**DATASET_JSON, "zept": {"unseen": declared, "knowledge": {"spleen cyst": "round, fluid"}}}
+    model = make_model_folder(tmp_path, dataset_json)
+    added = add_tumors(model, declared_requests(model))
+    assert [t[:2] for t in added.tumors] == [("spleen cyst", 6), ("pancreas tumor", 7), ("kidney cyst", 8)]
+    zept = read_json(added.folder / "dataset.json")["zept"]
+    assert "unseen" not in zept
+    assert set(zept["tumors"]) == set(declared)
+    assert zept["knowledge"] == {"spleen cyst": "round, fluid"}
+    with pytest.raises(ZePTError, match=r"nothing is listed"):
+        declared_requests(added.folder)
+
+
+def test_a_declared_tumor_by_name_takes_its_declaration(tmp_path: Path) -> None:
+    dataset_json = {**DATASET_JSON, "zept": {"unseen": {"odd growth": {"hosts": ["spleen"], "label": 6}}}}
+    added = add_tumors(make_model_folder(tmp_path, dataset_json), [TumorRequest("Odd_growth")])
+    assert added.tumors == (("Odd_growth", 6, ("spleen",)),)
+    assert "unseen" not in read_json(added.folder / "dataset.json")["zept"]
+
+
+def test_a_tumor_can_be_added_to_a_model_that_has_an_added_one(model: Path) -> None:
+    first = add_tumors(model, [PANCREAS])
+    second = add_tumors(first.folder, [TumorRequest("pancreas cyst", ("pancreas",))])
+    assert second.folder.name == "ZePTTrainer__nnUNetPlans_plus_plus__3d_fullres"
+    taxonomy = Taxonomy.from_dict(read_json(second.folder / "plans.json")["zept"]["taxonomy"])
+    assert [(t.name, t.label, t.added) for t in taxonomy.tumors[-2:]] == [
+        ("pancreas tumor", 6, True),
+        ("pancreas cyst", 7, True),
+    ]
+
+
+def test_a_fold_without_checkpoint_is_left_out(model: Path) -> None:
+    (model / "fold_2").mkdir()
+    added = add_tumors(model, [PANCREAS])
+    assert not (added.folder / "fold_2").exists()
+    assert any("fold_2" in note for note in added.notes)
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([TumorRequest("Liver-Tumour", ("liver",))], "'liver_tumor' already"),
+        ([TumorRequest("background", ("liver",))], "keeps for itself"),
+        ([TumorRequest(" ", ("liver",))], "needs a name"),
+        ([TumorRequest("odd growth", ("kidney",))], "'kidney'"),
+        ([TumorRequest("odd growth", ("liver_tumor",))], "is a tumor"),
+        ([TumorRequest("odd growth")], "give --host"),
+        ([TumorRequest("liver cyst", ("liver",), " ")], "description is empty"),
+        ([TumorRequest("liver cyst", ("liver",), label=3)], "label 3 belongs to"),
+        ([TumorRequest("liver cyst", ("liver",), label=8)], "leaves a gap"),
+        ([TumorRequest("a b cyst", ("liver",)), TumorRequest("a_b cyst", ("spleen",))], "added twice"),
+        ([], "no tumor to add"),
+    ],
+)
+def test_bad_requests_write_nothing(model: Path, requests: list[TumorRequest], message: str) -> None:
+    with pytest.raises(ZePTError, match=message):
+        add_tumors(model, requests)
+    assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+def test_bad_outputs(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for output, message in (
+        (model, "never changes a model in place"),
+        (tmp_path / "there", "exists already"),
+        (model / "inside", "inside each other"),
+        (model.parent, "inside each other"),
+    ):
+        with pytest.raises(ZePTError, match=message):
+            add_tumors(model, [PANCREAS], output)
+    add_tumors(model, [PANCREAS])
+    with pytest.raises(ZePTError, match="exists already"):
+        add_tumors(model, [PANCREAS])
+    renamed = model.rename(model.parent / "my_model")
+    with pytest.raises(ZePTError, match="give one with -o"):
+        add_tumors(renamed, [PANCREAS])
+
+
+def test_folders_that_are_no_zept_model(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ZePTError, match="not a model folder"):
+        add_tumors(tmp_path / "nowhere", [PANCREAS])
+    plans, dataset_json = read_json(model / "plans.json"), read_json(model / "dataset.json")
+    write_checkpoint(model, 1, plans, dataset_json, network_weights={"w": torch.zeros(1)}, trainer_name="nnUNetTrainer")
+    with pytest.raises(ZePTError, match="trained by nnUNetTrainer"):
+        add_tumors(model, [PANCREAS])
+    (model / "fold_1" / "checkpoint_final.pth").write_bytes(b"broken")
+    with pytest.raises(ZePTError, match="no readable checkpoint"):
+        add_tumors(model, [PANCREAS])
+    (model / "plans.json").write_text(json.dumps({k: v for k, v in plans.items() if k != "zept"}))
+    with pytest.raises(ZePTError, match="'zept' block"):
+        add_tumors(model, [PANCREAS])
+    (model / "plans.json").write_text("{")
+    with pytest.raises(ZePTError, match="no valid JSON"):
+        add_tumors(model, [PANCREAS])
+    assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+def test_no_trained_fold(tmp_path: Path) -> None:
+    with pytest.raises(ZePTError, match="no trained fold"):
+        add_tumors(make_model_folder(tmp_path, folds=()), [PANCREAS])
+
+
+def test_a_fold_with_other_classes(model: Path) -> None:
+    other = deepcopy(DATASET_JSON)
+    other["labels"] = {**other["labels"], "pancreas_cyst": 6}
+    from zept_nnunet.plans_block import build_block
+
+    write_checkpoint(model, 1, {**read_json(model / "plans.json"), "zept": build_block(other)}, other)
+    with pytest.raises(ZePTError, match=r"fold_1.*other classes.*differs in: taxonomy"):
+        add_tumors(model, [PANCREAS])
+
+
+def test_learned_queries(tmp_path: Path) -> None:
+    with pytest.raises(ZePTError, match="one query per class"):
+        add_tumors(make_model_folder(tmp_path, variant="paper"), [PANCREAS])
+
+
+def test_second_stage_of_a_cascade(model: Path) -> None:
+    plans = read_json(model / "plans.json")
+    plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+    (model / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(ZePTError, match="one input channel per"):
+        add_tumors(model, [PANCREAS])
+
+
+def test_interrupted_writing_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zept_nnunet.inference.add_tumor as module
+
+    def fail(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_link", fail)
+    with pytest.raises(KeyboardInterrupt):
+        add_tumors(model, [PANCREAS])
+    assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+def test_options_bind_to_the_name_before_them(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = parse(
+        str(model),
+        *("--name", "abdominal mass", "--host", "liver", "--host", "spleen", "--description", "large", "--label", "7"),
+        *("--name", "pancreas tumor", "--host", "pancreas"),
+    )
+    assert args.tumors == [
+        {"name": "abdominal mass", "hosts": ["liver", "spleen"], "description": "large", "label": 7},
+        {"name": "pancreas tumor", "hosts": ["pancreas"]},
+    ]
+    assert args.func(args) == 0
+    out = capsys.readouterr().out
+    assert "added 'abdominal mass': label 7, host liver, spleen" in out
+    assert "next: nnUNetv2_predict -d Dataset999_Small -tr ZePTTrainer -p nnUNetPlans_plus -c 3d_fullres" in out
+    assert parse(str(model)).tumors == []  # one call leaves nothing to the next
+
+
+@pytest.mark.parametrize(
+    "argv", [("--host", "liver"), ("--name", "a", "--label", "6", "--label", "7"), ("--name", "a", "--label", "x")]
+)
+def test_options_that_bind_to_nothing(argv: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit):
+        parse("model", *argv)
+
+
+@pytest.mark.parametrize("argv", [(), ("--declared", "--name", "a")])
+def test_name_or_declared(argv: tuple[str, ...]) -> None:
+    args = parse("model", *argv)
+    with pytest.raises(ZePTError, match="either --name"):
+        args.func(args)

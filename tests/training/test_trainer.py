@@ -1,0 +1,150 @@
+"""Bad input is refused before nnU-Net makes a results folder; stages and schedules by number."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.small_plans import DATASET_JSON, make_network, make_plans
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.plans_block import build_block
+from zept_nnunet.training.trainer import ZePTTrainer
+from zept_nnunet.training.variants import (
+    ZePTTrainer_1epoch,
+    ZePTTrainer_5epochs,
+    ZePTTrainerPaper,
+    ZePTTrainerStageI,
+    ZePTTrainerStageII,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return tmp_path / "nnUNet_results"
+
+
+def make_trainer(
+    trainer: type[ZePTTrainer] = ZePTTrainer, plans: dict | None = None, dataset_json: dict | None = None
+) -> ZePTTrainer:
+    plans = plans if plans is not None else make_plans()
+    return trainer(
+        plans | {"continue_training": False}, "3d_fullres", 0, deepcopy(dataset_json or DATASET_JSON), CPU
+    )
+
+
+def with_zept(**block: Any) -> dict[str, Any]:
+    return deepcopy(DATASET_JSON) | {"zept": block}
+
+
+BAD_DATASETS = {
+    "host not determined": (DATASET_JSON | {"labels": {"background": 0, "liver": 1, "spleen": 2, "brain tumor": 3}}, "host"),
+    "host is no label": (with_zept(tumors={"liver tumor": {"hosts": ["colon"]}}), "colon"),
+    "unseen is a label": (with_zept(unseen={"liver tumor": {"hosts": ["liver"]}}), "liver"),
+    "unknown key": (with_zept(tumours={}), "tumours"),
+    "unknown class": (with_zept(tumors={"brain tumor": {"hosts": ["liver"]}}), "brain"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATASETS)
+def test_bad_datasets_are_refused_and_nothing_is_written(results: Path, name: str) -> None:
+    dataset_json, word = BAD_DATASETS[name]
+    with pytest.raises(ZePTError, match=word) as error:
+        make_trainer(dataset_json=dataset_json)
+    assert "dataset.json" in str(error.value)
+    assert not list(results.iterdir())
+
+
+def test_a_network_that_cannot_be_wrapped_is_refused(results: Path) -> None:
+    plans = make_plans()
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture["network_class_name"] = "tests.training.test_trainer.NotAUNet"
+    architecture["arch_kwargs"], architecture["_kw_requires_import"] = {}, []
+    with pytest.raises(ZePTError, match="NotAUNet.*cannot be wrapped"):
+        make_trainer(plans=plans)
+    assert not list(results.iterdir())
+
+
+class NotAUNet(torch.nn.Module):
+    def __init__(self, input_channels: int, num_classes: int, deep_supervision: bool):
+        super().__init__()
+
+
+def test_another_folds_taxonomy_or_knowledge_is_refused(results: Path) -> None:
+    model = results / "Dataset999_Small" / "ZePTTrainer__nnUNetPlans__3d_fullres"
+    model.mkdir(parents=True)
+    other = build_block(with_zept(knowledge={"liver": "a large organ"}))
+    (model / "plans.json").write_text(json.dumps(make_plans() | {"zept": other}))
+    with pytest.raises(ZePTError, match="knowledge") as error:
+        make_trainer()
+    assert str(model / "plans.json") in str(error.value)
+    assert [p.name for p in model.iterdir()] == ["plans.json"]
+    (model / "plans.json").write_text(json.dumps(make_plans() | {"zept": build_block(deepcopy(DATASET_JSON))}))
+    make_trainer()
+
+
+def test_a_checkpoint_of_other_knowledge_is_refused_by_name(results: Path, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    trainer.network = make_network(dataset_json=with_zept(knowledge={"liver": "a large organ"}))
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+    file = tmp_path / "checkpoint_final.pth"
+    trainer.save_checkpoint(str(file))
+    trainer.network, trainer.was_initialized = make_network(), True
+    with pytest.raises(ZePTError, match="checkpoint_final.pth.*knowledge"):
+        trainer.load_checkpoint(str(file))
+
+
+def test_channels_of_another_dataset_json_are_refused(results: Path) -> None:
+    trainer = make_trainer()
+    with pytest.raises(ZePTError, match="9 output channels"):
+        trainer.build_network_architecture(trainer.plans_manager, trainer.configuration_manager, 1, 9, False)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "stages"),
+    [
+        (ZePTTrainer_5epochs, [1, 1, 2, 2, 2]),
+        (ZePTTrainerStageI, [1, 1, 1, 1, 1]),
+        (ZePTTrainerStageII, [2, 2, 2, 2, 2]),
+    ],
+)
+def test_stages_switch_at_half_of_the_epochs(results: Path, trainer: type[ZePTTrainer], stages: list[int]) -> None:
+    assert [make_trainer(trainer).stage_at(e, 0) for e in range(5)] == stages
+
+
+def test_one_epoch_switches_at_half_of_its_iterations(results: Path) -> None:
+    trainer = make_trainer(ZePTTrainer_1epoch)
+    assert [trainer.stage_at(0, i) for i in (0, 124, 125, 249)] == [1, 1, 2, 2]
+
+
+def test_paper_trainer_gets_the_papers_decoder(results: Path) -> None:
+    decoder = make_trainer(ZePTTrainerPaper).plans_manager.plans["zept"]["decoder"]
+    assert (decoder["queries"], decoder["score"]) == ("learned", "minmax")
+
+
+def test_log_holds_no_vectors(results: Path) -> None:
+    trainer = make_trainer()
+    trainer.print_plans()
+    log = Path(trainer.log_file).read_text()
+    assert "<vector of 384>" in log and len(log) < 20_000
+
+
+def test_seed_repeats_the_weights(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = []
+    for seed in ("1", "1", "2"):
+        monkeypatch.setenv("ZEPT_SEED", seed)
+        trainer = make_trainer()
+        network = trainer.build_network_architecture(
+            trainer.plans_manager, trainer.configuration_manager, 1, len(trainer.taxonomy.channels), True
+        )
+        weights.append(torch.nn.utils.parameters_to_vector(network.parameters()))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
