@@ -1,0 +1,126 @@
+"""What a label's name says: organ or tumor, which side, and which organ a tumor sits in. Words only, no torch.
+
+A name is a bag of words. Words that mean one anatomy ("renal", "kidneys") become one word ("kidney"). An organ hosts a
+tumor when every anatomical word of the organ's name stands in the tumor's name and neither side nor level contradicts:
+"kidney tumor" sits in "left kidney" and in "right kidney", "left renal cyst" in the left one only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_TUMOR_WORDS = frozenset(
+    "tumor tumors neoplasm neoplasms neoplasia cancer cancers malignancy malignancies malignant lesion lesions cyst "
+    "cysts nodule nodules mass masses metastasis metastases metastatic mets polyp polyps gist hcc rcc pdac ipmn nsclc "
+    "sclc edema oedema necrosis necrotic".split()
+)
+_OMA = re.compile(r"^[a-z]{2,}omas?$|^[a-z]{2,}omata$")  # adenoma, carcinomas, hepatoblastoma
+_NOT_OMA = frozenset("stoma stomas stroma soma somas coma trachoma glaucoma".split())
+
+_ANATOMY = {  # word → the anatomical words that it stands for
+    **dict.fromkeys("hepatic livers hepatocellular hepatoblastoma hcc".split(), ("liver",)),
+    **dict.fromkeys("renal kidneys nephric rcc nephroblastoma".split(), ("kidney",)),
+    **dict.fromkeys("pancreatic pdac ipmn".split(), ("pancreas",)),
+    **dict.fromkeys("splenic spleens".split(), ("spleen",)),
+    **dict.fromkeys("pulmonary lungs nsclc sclc bronchial bronchogenic".split(), ("lung",)),
+    **dict.fromkeys("colonic".split(), ("colon",)),
+    **dict.fromkeys("rectal".split(), ("rectum",)),
+    "colorectal": ("colon", "rectum"),
+    **dict.fromkeys("gastric".split(), ("stomach",)),
+    **dict.fromkeys("oesophagus oesophageal esophageal".split(), ("esophagus",)),
+    **dict.fromkeys("duodenal".split(), ("duodenum",)),
+    **dict.fromkeys("adrenals suprarenal".split(), ("adrenal",)),
+    **dict.fromkeys("vesical".split(), ("bladder",)),
+    **dict.fromkeys("prostatic".split(), ("prostate",)),
+    **dict.fromkeys("uterine".split(), ("uterus",)),
+    **dict.fromkeys("ovarian ovaries".split(), ("ovary",)),
+    **dict.fromkeys("cervical".split(), ("cervix",)),
+    **dict.fromkeys("thyroidal".split(), ("thyroid",)),
+    **dict.fromkeys("cerebral glioma glioblastoma meningioma".split(), ("brain",)),
+    **dict.fromkeys("cardiac".split(), ("heart",)),
+    **dict.fromkeys("mammary breasts".split(), ("breast",)),
+    **dict.fromkeys("osseous bony bones".split(), ("bone",)),
+    **dict.fromkeys("vertebrae vertebral vertebras".split(), ("vertebra",)),
+    **dict.fromkeys("ribs costal".split(), ("rib",)),
+    **dict.fromkeys("bowels intestine intestines intestinal".split(), ("bowel",)),
+    **dict.fromkeys("nodes nodal".split(), ("node",)),
+}
+_KNOWN_ANATOMY = frozenset(word for words in _ANATOMY.values() for word in words) | frozenset(
+    "gallbladder jejunum ileum appendix trachea larynx pharynx testis penis vagina eye tongue tonsil skin muscle "
+    "pituitary thymus pleura peritoneum omentum mesentery mediastinum".split()
+)
+_SIDES = {**dict.fromkeys(("left", "l", "lt"), "left"), **dict.fromkeys(("right", "r", "rt"), "right")}
+_LEVELS = {level: level for level in ("upper", "middle", "lower")}
+_PARTS = frozenset(  # words of an organ's name that a tumor's name may leave out
+    "lobe lobes lobar gland glands parenchyma segment segments head neck body tail cortex medulla urinary whole "
+    "healthy normal tissue organ region and with including of the in".split()
+)
+_VESSELS = frozenset("vessel vessels vein veins artery arteries aorta cava vascular".split())
+_JOIN = re.compile(r"\b(?:and|with|including|incl|plus)\b|[+&]")
+
+
+def normalize_name(name: str) -> str:
+    """Lower case, `_` and `-` as spaces, "tumour" as "tumor", single spaces. Lookups go through this."""
+    spaced = re.sub(r"[\s_\-]+", " ", name.lower()).strip()
+    return spaced.replace("tumour", "tumor")
+
+
+def infer_is_tumor(name: str) -> bool:
+    """Whether the name means a tumor, cyst, nodule or other lesion.
+
+    "kidney and tumor", as regions are called, means an organ with what is in it: an organ.
+    """
+    organ, *rest = _JOIN.split(normalize_name(name), maxsplit=1)
+    if rest and _anatomy(organ) and not _has_tumor_word(organ) and not _anatomy(rest[0]):
+        return False
+    return _has_tumor_word(name)
+
+
+def infer_hosts(tumor_name: str, organ_names: Iterable[str]) -> tuple[str, ...]:
+    """The organs that the tumor's name points at, in the order given; empty where it points at none of them.
+
+    A tumor whose name holds no anatomy ("tumor", "cyst") sits in the only organ there is; left and right of the same
+    organ, or its lobes, count as one. Vessels are not taken for hosts.
+    """
+    organs = [o for o in organ_names if not _VESSELS & set(_words(o))]
+    words = _anatomy(tumor_name)
+    matches = tuple(o for o in organs if _anatomy(o) and _anatomy(o) <= words and _agree(tumor_name, o))
+    if matches or words & _KNOWN_ANATOMY:
+        return matches
+    kinds = {frozenset(_anatomy(o)) for o in organs}
+    return tuple(organs) if len(organs) == 1 or (len(kinds) == 1 and all(kinds)) else ()
+
+
+def is_lateral(name: str) -> bool:
+    """Whether the name holds a side: "kidney left", "kidney_r", "LeftKidney"."""
+    return any(word in _SIDES or re.match(r"(left|right)[a-z]", word) for word in _words(name))
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", normalize_name(name).replace("gall bladder", "gallbladder"))
+
+
+def _has_tumor_word(name: str) -> bool:
+    return any(w in _TUMOR_WORDS or (_OMA.match(w) is not None and w not in _NOT_OMA) for w in _words(name))
+
+
+def _anatomy(name: str) -> set[str]:
+    """The anatomical words of a name: neither side, level, part, number nor word for a tumor."""
+    found: set[str] = set()
+    for word in _words(name):
+        if word in _ANATOMY:
+            found.update(_ANATOMY[word])
+        elif not (word in _SIDES or word in _LEVELS or word in _PARTS or _has_tumor_word(word) or word.isdigit()):
+            found.add(word)
+    return found
+
+
+def _agree(a: str, b: str) -> bool:
+    """Whether side and level of two names do not contradict each other. A name without one agrees with any."""
+    words_a, words_b = set(_words(a)), set(_words(b))
+    for group in (_SIDES, _LEVELS):
+        in_a, in_b = ({group[w] for w in words if w in group} for words in (words_a, words_b))
+        if in_a and in_b and not in_a & in_b:
+            return False
+    return True
