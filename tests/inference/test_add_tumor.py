@@ -116,6 +116,14 @@ def test_region_dataset_with_ignore_between(tmp_path: Path) -> None:
     assert manager.num_segmentation_heads == 5 == len(Taxonomy.from_dict(plans["zept"]["taxonomy"]).channels)
 
 
+def test_a_region_may_leave_a_gap(tmp_path: Path) -> None:
+    added = add_tumors(make_model_folder(tmp_path, REGIONS), [TumorRequest("spleen lesion", label=7)])
+    dataset_json = read_json(added.folder / "dataset.json")
+    assert added.tumors == (("spleen lesion", 7, ("spleen",)),)
+    manager = PlansManager(read_json(added.folder / "plans.json")).get_label_manager(dataset_json)
+    assert (manager.ignore_label, manager.num_segmentation_heads) == (8, 4)
+
+
 def test_declared_tumors_get_their_labels_and_stop_being_unseen(tmp_path: Path) -> None:
     declared = {
         "kidney cyst": {"hosts": ["spleen"]},
