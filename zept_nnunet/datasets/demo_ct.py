@@ -77,9 +77,9 @@ ORGAN_SHAPES: dict[str, tuple[Ellipsoid, ...]] = {
 }
 # name: radius in mm, contrast to the host in HU
 TUMOR_RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
-    "liver tumor": ((16.0, 26.0), (-75.0, -50.0)),
-    "kidney tumor": ((14.0, 20.0), (-110.0, -75.0)),
-    "pancreas tumor": ((13.0, 18.0), (-80.0, -60.0)),
+    "liver tumor": ((22.0, 32.0), (-80.0, -55.0)),
+    "kidney tumor": ((18.0, 25.0), (-120.0, -85.0)),
+    "pancreas tumor": ((15.0, 20.0), (-80.0, -60.0)),
 }
 
 
