@@ -11,18 +11,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import SimpleITK as sitk
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from zept_nnunet.errors import ZePTError
 
 WINDOW_HU = (-160.0, 240.0)
-ORGAN_OPACITY, TUMOR_OPACITY = 0.35, 0.8
+ORGAN_OPACITY, TUMOR_OPACITY = 0.5, 0.8
+ORGAN_COLORS = ("#2563eb", "#22c55e", "#06b6d4", "#a78bfa", "#84cc16", "#0f766e", "#93c5fd", "#6b7280")
 SEEN_COLORS = ("#ffd60a", "#ff8c00", "#ff4d9d", "#ffe9a8", "#c8553d")
 UNSEEN_COLORS = ("#ff0033", "#d000ff", "#ff00aa", "#8b0000")
 
@@ -107,7 +108,10 @@ def draw_picture(
         raise ZePTError(f"Nothing to draw in {output}: no reference holds a tumor. Choose cases that hold one.")
     tumors = {row.tumor for row in rows}
     colors = _class_colors(classes, tumors, unseen)
-    figure = Figure(figsize=(11, 3.1 * len(rows) + 1.5), facecolor="white", layout="constrained")
+    heights = [row.image_hu.shape[0] * row.spacing_mm[0] / (row.image_hu.shape[1] * row.spacing_mm[1]) for row in rows]
+    figure = Figure(
+        figsize=(11, sum(3.5 * height + 0.3 for height in heights) + 1.2), facecolor="white", layout="constrained"
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 3, squeeze=False)
     for line, row in zip(axes, rows, strict=True):
@@ -124,7 +128,7 @@ def draw_picture(
         line[0].set_ylabel(f"{row.tumor}\n({seen})", fontsize=10, color=color, fontweight="bold")
     handles = [
         Patch(
-            facecolor=colors[name],
+            facecolor=colors[name] if name in tumors or name in unseen else _over_tissue(colors[name]),
             edgecolor="black",
             hatch="///" if name in unseen else "",
             label=f"{name} (unseen)" if name in unseen else f"{name} (seen)" if name in tumors else name,
@@ -157,21 +161,24 @@ def _draw_panel(
     axis.set_yticks([])
 
 
+def _over_tissue(color: tuple[float, float, float]) -> tuple[float, float, float]:
+    """What an organ's color looks like in the picture, over the gray of soft tissue."""
+    red, green, blue = (ORGAN_OPACITY * part + (1 - ORGAN_OPACITY) * 0.6 for part in color)
+    return red, green, blue
+
+
 def _class_colors(
     classes: Mapping[str, int], tumors: Collection[str], unseen: Collection[str]
 ) -> dict[str, tuple[float, float, float]]:
     """Cool colors for organs, warm ones for seen tumors, reds and magentas for unseen ones."""
-    organs = [name for name in classes if name not in tumors and name not in unseen]
-    cool = matplotlib.colormaps["winter"](np.linspace(0, 1, max(len(organs), 1)))
-    colors: dict[str, tuple[float, float, float]] = {
-        name: (float(color[0]), float(color[1]), float(color[2])) for name, color in zip(organs, cool, strict=False)
-    }
+    colors: dict[str, tuple[float, float, float]] = {}
     for palette, names in (
+        (ORGAN_COLORS, [name for name in classes if name not in tumors and name not in unseen]),
         (SEEN_COLORS, [name for name in classes if name in tumors and name not in unseen]),
         (UNSEEN_COLORS, [name for name in classes if name in unseen]),
     ):
         for number, name in enumerate(names):
-            colors[name] = matplotlib.colors.to_rgb(palette[number % len(palette)])
+            colors[name] = to_rgb(palette[number % len(palette)])
     return colors
 
 
