@@ -86,5 +86,7 @@ class Workspace:
             "nnUNetv2_train", str(dataset), configuration, fold, "-tr", trainer, "-device", "cpu", *flags, **kwargs
         )  # type: ignore[arg-type]
 
-    def model(self, dataset: str, configuration: str, trainer: str = "ZePTTrainerTest", plans: str = "nnUNetPlans") -> Path:
+    def model(
+        self, dataset: str, configuration: str, trainer: str = "ZePTTrainerTest", plans: str = "nnUNetPlans"
+    ) -> Path:
         return self.results / dataset / f"{trainer}__{plans}__{configuration}"

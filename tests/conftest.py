@@ -18,7 +18,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return Workspace(tmp_path_factory.mktemp("nnunet"))
 
 
-def make_dataset(workspace: Workspace, dataset_id: int, cases_train: int = 5, cases_test: int = 1, **kwargs: str) -> Path:
+def make_dataset(
+    workspace: Workspace, dataset_id: int, cases_train: int = 5, cases_test: int = 1, **kwargs: str
+) -> Path:
     """A raw dataset of the demo's synthetic CT, small."""
     return write_demo_dataset(
         workspace.raw, dataset_id, cases_train=cases_train, cases_test=cases_test, shape=TINY, **kwargs

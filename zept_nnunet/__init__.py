@@ -28,4 +28,3 @@ def check_nnunet_version() -> str:
     if not NNUNET_MINIMUM <= release < NNUNET_BELOW:
         raise ZePTError(f"nnunetv2 {found} is installed. {wanted}")
     return found
-

@@ -68,7 +68,9 @@ def test_left_and_right_switch_off_mirroring_along_x(workspace: Workspace, train
 def test_best_configuration_with_ensembling_then_postprocessing_and_evaluation(
     workspace: Workspace, trained: Path, predictions: dict[str, Path]
 ) -> None:
-    workspace.run("nnUNetv2_find_best_configuration", "901", "-tr", "ZePTTrainerTest", "-c", "2d", "3d_fullres", "-np", "1")
+    workspace.run(
+        "nnUNetv2_find_best_configuration", "901", "-tr", "ZePTTrainerTest", "-c", "2d", "3d_fullres", "-np", "1"
+    )
     results = workspace.results / trained.name
     assert read_json(results / "inference_information.json")["best_model_or_ensemble"]
     ensembled, final = workspace.root / "ensembled", workspace.root / "postprocessed"

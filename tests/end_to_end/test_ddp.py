@@ -40,7 +40,9 @@ def _train(rank: int, port: int, preprocessed: str, stage: int, out: str) -> Non
     shape = tuple(configuration.patch_size)
     before = {n: p.detach().clone() for n, p in network.named_parameters()}
     for _ in range(2):  # an unused parameter would stop the second forward
-        scales = [tuple(int(round(n * f)) for n, f in zip(shape, s)) for s in trainer._get_deep_supervision_scales()]
+        scales = [
+            tuple(round(n * f) for n, f in zip(shape, s, strict=True)) for s in trainer._get_deep_supervision_scales()
+        ]
         top = 1 + max(t.label for t in trainer.taxonomy.tumors)
         batch = {
             "data": torch.randn(1, 1, *shape),

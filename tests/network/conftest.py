@@ -22,5 +22,3 @@ def network(dimensions: int) -> torch.nn.Module:
 def image(dimensions: int) -> torch.Tensor:
     torch.manual_seed(0)
     return torch.randn(2, 1, *(16, 24, 16)[:dimensions])
-
-

@@ -9,6 +9,8 @@ import torch
 from zept_nnunet.training.trainer import ZePTTrainer
 from zept_nnunet.training.variants import ZePTTrainerPaper, ZePTTrainerStageI, ZePTTrainerStageII
 
+CUDA = torch.device("cuda")  # nnU-Net's default
+
 
 def _shorten(trainer: ZePTTrainer, epochs: int = 1, iterations: int = 2) -> None:
     trainer.num_epochs, trainer.save_every = epochs, 1
@@ -17,7 +19,12 @@ def _shorten(trainer: ZePTTrainer, epochs: int = 1, iterations: int = 2) -> None
 
 class ZePTTrainerTest(ZePTTrainer):
     def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = CUDA,
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         _shorten(self)
@@ -25,7 +32,12 @@ class ZePTTrainerTest(ZePTTrainer):
 
 class ZePTTrainerPaperTest(ZePTTrainerPaper):
     def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = CUDA,
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         _shorten(self)
@@ -33,7 +45,12 @@ class ZePTTrainerPaperTest(ZePTTrainerPaper):
 
 class ZePTTrainerStageITest(ZePTTrainerStageI):
     def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = CUDA,
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         _shorten(self)
@@ -41,7 +58,12 @@ class ZePTTrainerStageITest(ZePTTrainerStageI):
 
 class ZePTTrainerStageIITest(ZePTTrainerStageII):
     def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = CUDA,
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         _shorten(self)
@@ -51,7 +73,12 @@ class ZePTTrainerStops(ZePTTrainer):
     """Four epochs of two iterations; dies before the epoch that ZEPT_TEST_STOP names, as a preempted job would."""
 
     def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = CUDA,
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         _shorten(self, epochs=4)
@@ -63,3 +90,18 @@ class ZePTTrainerStops(ZePTTrainer):
             momentum = [s["momentum_buffer"].norm().item() for s in self.optimizer.state_dict()["state"].values()]
             self.print_to_log_file(f"TEST momentum buffers {len(momentum)} sum {sum(momentum):.6f}")
         super().on_epoch_start()
+
+
+class ZePTTrainerRealCT(ZePTTrainer):
+    """A few short epochs."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = CUDA,
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        _shorten(self, epochs=6, iterations=20)

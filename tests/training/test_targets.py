@@ -7,12 +7,11 @@ from zept_nnunet.errors import ZePTError
 from zept_nnunet.taxonomy import Taxonomy
 from zept_nnunet.training.targets import Annotations, make_targets
 
+KIDNEYS = {"left kidney": 2, "right kidney": 3}
 PLAIN = {
     "channel_names": {"0": "CT"},
-    "labels": {
-        "background": 0, "liver": 1, "left kidney": 2, "right kidney": 3, "liver tumor": 4, "kidney tumor": 5, "ignore": 6,
-    },
-}  # fmt: skip
+    "labels": {"background": 0, "liver": 1, **KIDNEYS, "liver tumor": 4, "kidney tumor": 5, "ignore": 6},
+}
 
 
 def test_support_holds_tumors_and_healthy_does_not() -> None:

@@ -37,9 +37,7 @@ def make_trainer(
     trainer: type[ZePTTrainer] = ZePTTrainer, plans: dict | None = None, dataset_json: dict | None = None
 ) -> ZePTTrainer:
     plans = plans if plans is not None else make_plans()
-    return trainer(
-        plans | {"continue_training": False}, "3d_fullres", 0, deepcopy(dataset_json or DATASET_JSON), CPU
-    )
+    return trainer(plans | {"continue_training": False}, "3d_fullres", 0, deepcopy(dataset_json or DATASET_JSON), CPU)
 
 
 def with_zept(**block: Any) -> dict[str, Any]:
@@ -47,7 +45,10 @@ def with_zept(**block: Any) -> dict[str, Any]:
 
 
 BAD_DATASETS = {
-    "host not determined": (DATASET_JSON | {"labels": {"background": 0, "liver": 1, "spleen": 2, "brain tumor": 3}}, "host"),
+    "host not determined": (
+        DATASET_JSON | {"labels": {"background": 0, "liver": 1, "spleen": 2, "brain tumor": 3}},
+        "host",
+    ),
     "host is no label": (with_zept(tumors={"liver tumor": {"hosts": ["colon"]}}), "colon"),
     "unseen is a label": (with_zept(unseen={"liver tumor": {"hosts": ["liver"]}}), "liver"),
     "unknown key": (with_zept(tumours={}), "tumours"),
@@ -69,7 +70,7 @@ def test_a_network_that_cannot_be_wrapped_is_refused(results: Path) -> None:
     architecture = plans["configurations"]["3d_fullres"]["architecture"]
     architecture["network_class_name"] = "tests.training.test_trainer.NotAUNet"
     architecture["arch_kwargs"], architecture["_kw_requires_import"] = {}, []
-    with pytest.raises(ZePTError, match="NotAUNet.*cannot be wrapped"):
+    with pytest.raises(ZePTError, match=r"NotAUNet.*cannot be wrapped"):
         make_trainer(plans=plans)
     assert not list(results.iterdir())
 
@@ -99,7 +100,7 @@ def test_a_checkpoint_of_other_knowledge_is_refused_by_name(results: Path, tmp_p
     file = tmp_path / "checkpoint_final.pth"
     trainer.save_checkpoint(str(file))
     trainer.network, trainer.was_initialized = make_network(), True
-    with pytest.raises(ZePTError, match="checkpoint_final.pth.*knowledge"):
+    with pytest.raises(ZePTError, match=r"checkpoint_final.pth.*knowledge"):
         trainer.load_checkpoint(str(file))
 
 

@@ -54,10 +54,14 @@ class KnowledgeBank:
         for tumor in taxonomy.tumors:
             texts[tumor.name] = given.pop(normalize_name(tumor.name), describe(tumor.name, tumor.hosts))
         if given:
-            raise ZePTError(f"zept.knowledge describes classes that are no labels: {sorted(given)}; labels: {list(texts)}")
+            raise ZePTError(
+                f"zept.knowledge describes classes that are no labels: {sorted(given)}; labels: {list(texts)}"
+            )
         empty = [name for name, text in texts.items() if not text.strip()]
         if empty:
-            raise ZePTError(f"zept.knowledge: the description of {empty} is empty; write a sentence or remove the entry")
+            raise ZePTError(
+                f"zept.knowledge: the description of {empty} is empty; write a sentence or remove the entry"
+            )
         vectors = encoder.encode(list(texts.values()))
         return cls(
             encoder.name,
@@ -115,7 +119,10 @@ class KnowledgeBank:
         if wrong:
             raise ZePTError(f"knowledge vectors of {wrong} do not have width {width}; make the plans again")
         return cls(
-            d["encoder"], str(d["revision"]), width, {name: QuietVector(vector) for name, vector in d["vectors"].items()}
+            d["encoder"],
+            str(d["revision"]),
+            width,
+            {name: QuietVector(vector) for name, vector in d["vectors"].items()},
         )
 
 

@@ -27,7 +27,7 @@ class AnnotatedDiceBCE(nn.Module):
         is_valid bool (B, 1, *) or None: False where the label is "ignore".
         """
         logits = logits.float()
-        batch, classes = logits.shape[:2]
+        classes = logits.shape[1]
         pairs = is_annotated.cpu()
         count = int(pairs.sum())
         if count == 0 or classes == 0:

@@ -17,16 +17,18 @@ TERMS = ("organ_support", "organ_healthy", "tumor", "query_to_knowledge", "query
 class ZePTLoss(nn.Module):
     """Call it with the network's output and the targets of each scale; returns the total and its unweighted terms."""
 
-    def __init__(
-        self, network: ZePT, batch_dice: bool, ddp: bool = False, weights: dict[str, float] | None = None
-    ):
+    knowledge: Tensor
+
+    def __init__(self, network: ZePT, batch_dice: bool, ddp: bool = False, weights: dict[str, float] | None = None):
         super().__init__()
         self.segmentation = AnnotatedDiceBCE(batch_dice, ddp)
-        self.weights = {term: 1.0 for term in TERMS} | (weights or {})
+        self.weights = dict.fromkeys(TERMS, 1.0) | (weights or {})
         self.is_calibrated = network.is_calibrated
         self.positives = query_positives(network.hosts, network.num_organs)
         self.num_organs = network.num_organs
-        self.register_buffer("knowledge", torch.cat((network.knowledge_organs, network.knowledge_tumors)), persistent=False)
+        self.register_buffer(
+            "knowledge", torch.cat((network.knowledge_organs, network.knowledge_tumors)), persistent=False
+        )
 
     def forward(
         self, output: ZePTOutput, targets: list[Targets], is_annotated: Tensor
@@ -64,4 +66,3 @@ class ZePTLoss(nn.Module):
             query_to_knowledge(embedding, knowledge, output.temperature),
             query_to_query(embedding, positives, output.temperature),
         )
-

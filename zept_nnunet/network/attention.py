@@ -34,6 +34,4 @@ class FeedForward(nn.Sequential):
     """LN → 4D → GELU → D."""
 
     def __init__(self, width: int):
-        super().__init__(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        super().__init__(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))

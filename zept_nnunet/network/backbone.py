@@ -33,9 +33,9 @@ class KnowledgeFingerprint(nn.Module):
         found = state_dict.get(prefix + "fingerprint")
         if found is not None and not torch.equal(found.cpu(), self.fingerprint.cpu()):
             raise ZePTError(
-                "this checkpoint was trained with other classes, knowledge or decoder settings than the plans describe. "
-                "Wanted: the plans.json that was saved beside the checkpoint. Use the model folder's own plans.json, or "
-                "carry the weights over with -pretrained_weights"
+                "this checkpoint was trained with other classes, knowledge or decoder settings than the plans "
+                "describe. Wanted: the plans.json that was saved beside the checkpoint. Use the model folder's "
+                "own plans.json, or carry the weights over with -pretrained_weights"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -43,10 +43,10 @@ class KnowledgeFingerprint(nn.Module):
 class FeatureDecoder(nn.Module):
     """The stages of a U-Net decoder without its class-sized segmentation layers."""
 
-    def __init__(self, unet_decoder: nn.Module, fingerprint: KnowledgeFingerprint, deep_supervision: bool):
+    def __init__(self, unet_decoder: Any, fingerprint: KnowledgeFingerprint, deep_supervision: bool):
         super().__init__()
-        self.stages = unet_decoder.stages
-        self.transpconvs = unet_decoder.transpconvs
+        self.stages: nn.ModuleList = unet_decoder.stages
+        self.transpconvs: nn.ModuleList = unet_decoder.transpconvs
         self.seg_layers = fingerprint
         self.deep_supervision = deep_supervision  # nnU-Net switches this attribute
 
@@ -98,7 +98,8 @@ def _make_unet(
 
 
 def _take_apart(unet: nn.Module, configuration: ConfigurationManager, source: str) -> tuple[Any, Any]:
-    encoder, decoder = getattr(unet, "encoder", None), getattr(unet, "decoder", None)
+    encoder: Any = getattr(unet, "encoder", None)
+    decoder: Any = getattr(unet, "decoder", None)
     if (
         not hasattr(decoder, "stages")
         or not hasattr(decoder, "transpconvs")
@@ -106,8 +107,8 @@ def _take_apart(unet: nn.Module, configuration: ConfigurationManager, source: st
         or len(decoder.stages) != len(encoder.output_channels) - 1
     ):
         raise ZePTError(
-            f"{source}: the network class {configuration.network_arch_class_name!r} cannot be wrapped: ZePT needs a U-Net "
-            "with an encoder (output_channels) and a decoder (stages, transpconvs), such as PlainConvUNet or "
+            f"{source}: the network class {configuration.network_arch_class_name!r} cannot be wrapped: ZePT needs "
+            "a U-Net with an encoder (output_channels) and a decoder (stages, transpconvs), such as PlainConvUNet or "
             "ResidualEncoderUNet. Plan with nnUNetv2_plan_and_preprocess (any of its U-Net planners) or zept plan"
         )
     return encoder, decoder

@@ -32,9 +32,7 @@ def over_hosts(organ_maps: Tensor, hosts: tuple[tuple[int, ...], ...]) -> list[T
     return [union(organ_maps[:, list(h)], 1) if h else None for h in hosts]
 
 
-def calibrated_prompts(
-    support: Tensor, score: Tensor, hosts: tuple[tuple[int, ...], ...], threshold: float
-) -> Tensor:
+def calibrated_prompts(support: Tensor, score: Tensor, hosts: tuple[tuple[int, ...], ...], threshold: float) -> Tensor:
     """Where each tumor's query may attend: its hosts' anomalous voxels.
 
     support, score (B, Q, V) → bool (B, U, V). A query whose mask would block everything attends its hosts' support

@@ -34,7 +34,7 @@ _SCORE_LIMIT = 8.0  # the score is a hint for the tumor maps: it must not outvot
 
 
 class ZePTOutput(NamedTuple):
-    """What training sees (deep supervision on). Lists go from the finest scale to the coarsest, as nnU-Net's targets."""
+    """What training sees (deep supervision on). Lists go from the finest scale to the coarsest, as nnU-Net's do."""
 
     support: list[Tensor]  # (B, Q, *): the organ with any tumor in it
     healthy: list[Tensor]  # (B, Q, *): the organ's healthy tissue
@@ -51,6 +51,9 @@ class ZePT(nn.Module):
     knowledge_organs: Tensor
     knowledge_tumors: Tensor
     sees: Tensor
+    organ_queries: nn.Module
+    tumor_queries: nn.Module
+    host_to_tumor: nn.Module
     tumors_see: Tensor
 
     def __init__(
@@ -128,11 +131,13 @@ class ZePT(nn.Module):
     def forward_scores(self, x: Tensor) -> dict[str, Tensor]:
         """Scores for ranking and for anomaly maps, in log-odds within ±1000.
 
-        (B, C, *) → `tumor_logits` (B, U, *), `anomaly` and `support` (B, Q, *).
+        (B, C, *) → `tumor_logits` (B, U, *), `anomaly` and `support` (B, Q, *), and `logits` (B, heads, *), which are
+        what `forward` returns.
         """
-        _, tumor, support, anomaly = self._finest_maps(self.decoder(self.encoder(x)))
+        healthy, tumor, support, anomaly = self._finest_maps(self.decoder(self.encoder(x)))
         limit = LOGIT_LIMIT
         return {
+            "logits": to_channels(self.taxonomy, healthy, tumor),
             "tumor_logits": tumor.clamp(-limit, limit),
             "anomaly": anomaly.clamp(-limit, limit),
             "support": support.clamp(-limit, limit),
@@ -212,7 +217,9 @@ class ZePT(nn.Module):
     def _given_queries(self) -> tuple[Tensor, Tensor]:
         """Queries before they have seen the image: (Q, D), (U, D)."""
         if self.is_learned:
-            return self.decoder.seg_layers.queries.split((self.num_organs, self.num_tumors))
+            learned: Tensor = self.get_parameter("decoder.seg_layers.queries")
+            organs, tumors = learned.split((self.num_organs, self.num_tumors))
+            return organs, tumors
         organs = self.organ_queries(self.knowledge_organs)
         tumors = self.tumor_queries(self.knowledge_tumors)
         hosts = [organs[list(h)].mean(0) if h else organs.new_zeros(organs.shape[1]) for h in self.hosts]
@@ -251,12 +258,12 @@ class ZePT(nn.Module):
         weight = nn.functional.softplus(self.score_weight)
         maps = []
         scores = over_hosts(score, self.hosts)
-        for k, in_host in enumerate(over_hosts(support.detach(), self.hosts)):
-            if in_host is None:
+        for k, (in_host, in_score) in enumerate(zip(over_hosts(support.detach(), self.hosts), scores, strict=True)):
+            if in_host is None or in_score is None:  # the whole body is the host
                 maps.append(a[:, k])
-                continue
-            evidence = a[:, k] + weight * scores[k].clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
-            maps.append(conjunction(in_host.to(evidence.dtype), evidence))
+            else:
+                evidence = a[:, k] + weight * in_score.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
+                maps.append(conjunction(in_host.to(evidence.dtype), evidence))
         return torch.stack(maps, 1), healthy
 
     def _embed(self, final: Tensor, given: Tensor | None) -> Tensor:

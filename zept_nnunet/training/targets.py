@@ -48,11 +48,9 @@ def _nearest_host(healthy: Tensor, grid: int = 12) -> Tensor:
 
     Found on a coarse grid of the patch, by how far each host's tissue reaches after repeated blurring.
     """
-    size = tuple(min(grid, n) for n in healthy.shape[2:])
-    pool, blur = (
-        (F.adaptive_avg_pool3d, F.avg_pool3d) if healthy.ndim == 5 else (F.adaptive_avg_pool2d, F.avg_pool2d)
-    )
-    reach = pool(healthy.float(), size)
+    size = [min(grid, n) for n in healthy.shape[2:]]
+    blur = F.avg_pool3d if healthy.ndim == 5 else F.avg_pool2d
+    reach = F.interpolate(healthy.float(), size, mode="area")  # adaptive average pooling
     for _ in range(max(size)):
         reach = reach + 1e-2 * blur(reach, 3, stride=1, padding=1)
     return F.interpolate(reach, healthy.shape[2:], mode="nearest").argmax(1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,16 +84,16 @@ class ZePTTrainer(nnUNetTrainer):
 
     @staticmethod
     def _check_model_folder(folder: str, block: dict[str, Any]) -> None:
-        """Every fold's start rewrites plans.json there, and it must go on to describe the folds that stand beside it."""
+        """Every fold's start rewrites plans.json there, and it must go on to describe the folds beside it."""
         plans_file = join(folder, "plans.json")
         if not isfile(plans_file):
             return
         different = differences(read_block(load_json(plans_file), plans_file), block)
         if different:
             raise ZePTError(
-                f"{plans_file} belongs to a model with another {', another '.join(different)}: a fold trained now could "
-                "not be used together with the folds that stand there. Remove or rename that folder, or restore the "
-                "dataset.json and plans that it was trained with"
+                f"{plans_file} belongs to a model with another {', another '.join(different)}: a fold trained now "
+                "could not be used together with the folds that stand there. Remove or rename that folder, or "
+                "restore the dataset.json and plans that it was trained with"
             )
 
     # ------------------------------------------------------------------------------------------------ building
@@ -102,7 +102,7 @@ class ZePTTrainer(nnUNetTrainer):
         return cls.fixed_stage != 1
 
     @classmethod
-    def build_network_architecture(  # type: ignore[override]
+    def build_network_architecture(
         cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
@@ -119,12 +119,11 @@ class ZePTTrainer(nnUNetTrainer):
         heads = len(Taxonomy.from_dict(block["taxonomy"]).channels)
         if heads != num_output_channels:
             raise ZePTError(
-                f"dataset.json asks for {num_output_channels} output channels, the 'zept' block of plans.json describes "
-                f"{heads}: the two files do not belong together. Restore the files that stood in the model folder"
+                f"dataset.json asks for {num_output_channels} output channels, the 'zept' block of plans.json "
+                f"describes {heads}: the two files do not belong together. Restore the files that stood in the "
+                "model folder"
             )
-        return ZePT(
-            block, configuration_manager, num_input_channels, enable_deep_supervision, cls._predicts_tumors()
-        )
+        return ZePT(block, configuration_manager, num_input_channels, enable_deep_supervision, cls._predicts_tumors())
 
     def _build_loss(self) -> nn.Module:
         batch_dice = self.configuration_manager.batch_dice and not (self.is_ddp and self.annotations.is_partial)
@@ -133,7 +132,7 @@ class ZePTTrainer(nnUNetTrainer):
     def _zept(self) -> ZePT:
         """The network without the wrappers of DDP and torch.compile."""
         network = self.network.module if isinstance(self.network, nn.parallel.DistributedDataParallel) else self.network
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
+        return cast(ZePT, network._orig_mod if isinstance(network, OptimizedModule) else network)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch the type of the network's output."""

@@ -23,7 +23,7 @@ class ZePTTrainerStageI(ZePTTrainer):
 
 
 class ZePTTrainerStageII(ZePTTrainer):
-    """Organs and tumors from the start, on weights of stage I: -pretrained_weights …/ZePTTrainerStageI__…/checkpoint_final.pth"""
+    """Organs and tumors from the start, on weights of a ZePTTrainerStageI, given by -pretrained_weights."""
 
     fixed_stage = 2
 
