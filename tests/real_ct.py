@@ -1,8 +1,8 @@
 """A small dataset from one real CT: deformed copies with the real organ labels and clearly synthetic lesions.
 
 The CT and its labels are a test fixture of TotalSegmentator (Apache-2.0); they are read from a folder beside
-the repository (or ZEPT_TEST_DATA) and never copied into it. One patient shows that the pipeline runs on real CT, and nothing
-about accuracy.
+the repository (or ZEPT_TEST_DATA) and never copied into it. One patient shows that the pipeline runs
+on real CT, and nothing about accuracy.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ __all__ = [
     "ZePTTrainerStageI",
     "ZePTTrainerStageII",
     "ZePTTrainer_1epoch",
-    "ZePTTrainer_250epochs",
-    "ZePTTrainer_50epochs",
     "ZePTTrainer_5epochs",
+    "ZePTTrainer_50epochs",
+    "ZePTTrainer_250epochs",
 ]

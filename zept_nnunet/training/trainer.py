@@ -56,7 +56,7 @@ class ZePTTrainer(nnUNetTrainer):
         block = self._checked_block(plans, configuration, dataset_json)
         self.taxonomy = Taxonomy.from_dict(block["taxonomy"])
         self.annotations = Annotations(self.taxonomy, annotated_patterns(dataset_json))
-        _seed_everything()
+        seed_everything()
         plans = {**plans, "zept": block}
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._iteration = 0  # within the epoch
@@ -368,7 +368,7 @@ class ZePTTrainer(nnUNetTrainer):
         return values
 
 
-def _seed_everything() -> None:
+def seed_everything() -> None:
     """`ZEPT_SEED` makes a training repeatable, together with nnUNet_n_proc_DA=0."""
     seed = os.environ.get("ZEPT_SEED")
     if seed is None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from zept_nnunet.training.trainer import ZePTTrainer
+from zept_nnunet.training.trainer import ZePTTrainer, seed_everything
 
 DEFAULT_DEVICE = torch.device("cuda")  # as in the parent
 NUM_EPOCHS = 12
@@ -47,6 +47,7 @@ class nnUNetTrainerDemo(nnUNetTrainer):
         dataset_json: dict[str, Any],
         device: torch.device = DEFAULT_DEVICE,
     ) -> None:
+        seed_everything()
         super().__init__(plans, configuration, fold, dataset_json, device)
         _shorten(self)
 
