@@ -40,7 +40,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     preprocessed.mkdir()
     fingerprint = {
         "spacings": [[2.0, 1.0, 1.0]] * 5,
-        "shapes_after_crop": [[160, 320, 320]] * 5,
+        "shapes_after_crop": [[96, 192, 192]] * 5,
         "foreground_intensity_properties_per_channel": {"0": {"mean": 0.0, "std": 1.0}},
         "median_relative_size_after_cropping": 1.0,
     }
