@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+
+import pytest
+
+from tests.small_plans import DATASET_JSON
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.plans_block import add_tumor_to_block, build_block, differences, fingerprint, read_block
+
+
+def block(variant: str = "zept", **zept: object) -> dict:
+    return build_block(deepcopy(DATASET_JSON) | ({"zept": zept} if zept else {}), variant)
+
+
+def test_round_trip_through_json() -> None:
+    made = block()
+    read = read_block(json.loads(json.dumps({"zept": made})))
+    assert read == made and fingerprint(read) == fingerprint(made) and not differences(read, made)
+
+
+def test_fingerprint_follows_the_trained_classes_and_nothing_else() -> None:
+    base = fingerprint(block())
+    assert fingerprint(add_tumor_to_block(block(), "pancreas tumor", ("pancreas",), 6)) == base
+    assert fingerprint(block(knowledge={"liver": "another text"})) != base
+    assert fingerprint(block("paper")) != base
+    assert len(base) == 32
+
+
+def test_differences_are_named() -> None:
+    assert differences(block(), block(knowledge={"liver": "another text"})) == ["knowledge"]
+    assert differences(block(), block("paper")) == ["decoder"]
+
+
+def test_unseen_tumors_and_their_descriptions_stay_out_of_training() -> None:
+    made = block(
+        unseen={"pancreas tumor": {"hosts": ["pancreas"]}}, knowledge={"pancreas tumor": "a mass", "liver": "an organ"}
+    )
+    assert "pancreas tumor" not in made["knowledge"]["vectors"]
+
+
+def test_an_added_tumor_is_marked_and_learned_queries_refuse_it() -> None:
+    grown = add_tumor_to_block(block(), "pancreas tumor", ("pancreas",), 6, "a mass")
+    assert grown["added"]["pancreas tumor"]["unseen"] is True
+    with pytest.raises(ZePTError, match="learned one query per class"):
+        add_tumor_to_block(block("paper"), "pancreas tumor", ("pancreas",), 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda p: p.pop("zept"), "no 'zept' block"),
+        (lambda p: p["zept"].update(version=99), "version"),
+        (lambda p: p["zept"].pop("decoder"), "decoder"),
+        (lambda p: p["zept"]["knowledge"]["vectors"].pop("liver"), "liver"),
+        (lambda p: p["zept"]["knowledge"]["vectors"].update(liver=[0.0]), "width"),
+    ],
+)
+def test_broken_plans_are_refused(change: object, word: str) -> None:
+    plans = {"zept": block()}
+    change(plans)  # type: ignore[operator]
+    with pytest.raises(ZePTError, match=word):
+        read_block(plans, "plans.json")
