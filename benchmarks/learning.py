@@ -36,7 +36,14 @@ def run(trainer: str, seed: int, variant: str, extra: list[str]) -> pd.DataFrame
         minutes = (time.monotonic() - started) / 60
         summary = json.loads(Path(folder, "demo/predictions/summary.json").read_text())
     rows = [
-        {"variant": variant, "trainer": trainer, "seed": seed, "class": name, "dice": metrics["Dice"], "minutes": minutes}
+        {
+            "variant": variant,
+            "trainer": trainer,
+            "seed": seed,
+            "class": name,
+            "dice": metrics["Dice"],
+            "minutes": minutes,
+        }
         for name, value in LABELS.items()
         if (metrics := summary["mean"].get(str(value))) is not None
     ]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zept_nnunet.errors import ZePTError
+from zept_nnunet.declarations import annotated_for
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy
 
@@ -66,7 +65,7 @@ class Annotations:
 
     def __init__(self, taxonomy: Taxonomy, patterns: Mapping[str, Iterable[str]]):
         self.names = [o.name for o in taxonomy.organs] + [t.name for t in taxonomy.tumors]
-        self._patterns = {p: {normalize_name(n) for n in names} for p, names in patterns.items()}
+        self._patterns = {pattern: tuple(names) for pattern, names in patterns.items()}
 
     @property
     def is_partial(self) -> bool:
@@ -79,15 +78,11 @@ class Annotations:
         Raises:
             ZePTError: two patterns match the case and disagree.
         """
-        matching = {p: names for p, names in self._patterns.items() if fnmatchcase(case, p)}
-        if len({frozenset(names) for names in matching.values()}) > 1:
-            raise ZePTError(
-                f"dataset.json, zept.annotated: the patterns {sorted(matching)} all match case {case!r} and disagree; "
-                "make them exclusive"
-            )
-        for names in matching.values():
-            return tuple(normalize_name(n) in names for n in self.names)
-        return (True,) * len(self.names)
+        named = annotated_for(case, self._patterns)
+        if named is None:
+            return (True,) * len(self.names)
+        labeled = {normalize_name(name) for name in named}
+        return tuple(normalize_name(name) in labeled for name in self.names)
 
     def of_batch(self, cases: Iterable[str]) -> Tensor:
         """bool (B, Q + U)."""
