@@ -31,10 +31,11 @@ PICTURE = "demo.png"
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the demo: what it is for, and its arguments as a user would type them."""
+    """One command of the demo: what it is for, its arguments as a user would type them, and variables of its own."""
 
     purpose: str
     command: tuple[str, ...]
+    variables: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,14 @@ def demo_environment(folder: Path, epochs: int | None = None, iterations: int | 
     """Environment variables that the demo sets for its commands, all paths inside ``folder``.
 
     One worker each: on two cores a second one only takes time from the network. ``OMP_NUM_THREADS`` holds for the
-    workers; with ``-device cpu`` nnU-Net gives all cores to the network by itself.
+    workers; with ``-device cpu`` nnU-Net gives all cores to the network by itself. Threads that wait sleep instead of
+    spinning, or they take the cores from whatever else runs on the machine.
     """
     package = Path(__file__).resolve().parent.parent
     variables = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     variables["nnUNet_extTrainer"] = str(package / "datasets" / "demo_trainers")
-    variables |= {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}
+    variables |= {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
+    variables |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     if epochs is not None:
         variables["ZEPT_DEMO_EPOCHS"] = str(epochs)
     if iterations is not None:
@@ -143,6 +146,8 @@ def demo_steps(paths: DemoPaths, trainer: str, device: str) -> list[Step]:
     references, predictions = str(paths.dataset / "labelsTs"), str(paths.predictions)
     plan = ("nnUNetv2_plan_and_preprocess", "-d", dataset, "-c", CONFIGURATION, "-np", "1", "-npfp", "1")
     train = ("nnUNetv2_train", dataset, CONFIGURATION, "0", "-tr", trainer, "-device", device)
+    # A batch takes milliseconds to augment, and workers would take the cores from the network. Planning needs one.
+    augment_in_process = (("nnUNet_n_proc_DA", "0"),)
     add = ("zept", "add-tumor", str(paths.trained_model), "--declared")
     which = ("-d", dataset, "-c", CONFIGURATION, "-tr", trainer, "-p", plans, "-f", "0")
     where = ("-i", str(paths.dataset / "imagesTs"), "-o", predictions)
@@ -150,7 +155,7 @@ def demo_steps(paths: DemoPaths, trainer: str, device: str) -> list[Step]:
     classes = ("-djfile", str(paths.model / "dataset.json"), "-pfile", str(paths.model / "plans.json"))
     steps = [
         Step("plan and preprocess", (*plan, "--verify_dataset_integrity")),
-        Step("train one fold (the long step)", train),
+        Step("train one fold (the long step)", train, augment_in_process),
         Step(f"add the tumor that training never saw ({UNSEEN_TUMOR})", add),
         Step("predict the test images", ("nnUNetv2_predict", *which, *where, *how)),
         Step(
@@ -186,17 +191,17 @@ def _draw(paths: DemoPaths, classes: Mapping[str, int], unseen: Collection[str])
 
 def _run_step(step: Step, counter: str, environment: Mapping[str, str], started: float) -> None:
     elapsed = time.monotonic() - started
-    print(
-        f"\n=== {counter} {step.purpose} ({elapsed:.0f} s since the start)\n$ {shlex.join(step.command)}\n", flush=True
-    )
+    shown = " ".join([*(f"{name}={value}" for name, value in step.variables), shlex.join(step.command)])
+    print(f"\n=== {counter} {step.purpose} ({elapsed:.0f} s since the start)\n$ {shown}\n", flush=True)
+    command = [_executable(step.command[0]), *step.command[1:]]
     try:
-        code = subprocess.run([_executable(step.command[0]), *step.command[1:]], env=dict(environment)).returncode
+        code = subprocess.run(command, env={**environment, **dict(step.variables)}).returncode
     except OSError as error:
         raise ZePTError(f"Step {counter} ({step.purpose}) could not start: {error}. See `zept doctor`.") from error
     if code != 0:
         raise ZePTError(
             f"Step {counter} ({step.purpose}) ended with exit code {code}; its message stands above. "
-            f"The command was: {shlex.join(step.command)}"
+            f"The command was: {shown}"
         )
 
 
