@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from tests.commands import Workspace
 from tests.conftest import make_dataset, read_json
+from zept_nnunet.datasets.demo_ct import write_demo_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -115,3 +117,35 @@ def test_pretrained_weights_carry_over_to_other_labels_and_to_stage_two(workspac
     (workspace.preprocessed / other.name / "dataset.json").write_text((other / "dataset.json").read_text())
     workspace.run("nnUNetv2_preprocess", "-d", "905", "-c", "3d_fullres", "-np", "1", "--no_pbar")
     workspace.train(905, "3d_fullres", "0", "ZePTTrainerTest", "-pretrained_weights", stage_one)
+
+
+def test_two_mr_channels_thick_slices_and_zepts_own_plans(workspace: Workspace) -> None:
+    folder = write_demo_dataset(workspace.raw, 906, cases_train=5, cases_test=0, shape=(12, 48, 64))
+    for image in sorted((folder / "imagesTr").glob("*_0000.nii.gz")):
+        shutil.copy(image, str(image).replace("_0000", "_0001"))
+    dataset_json = read_json(folder / "dataset.json") | {"channel_names": {"0": "T1", "1": "T2"}}
+    (folder / "dataset.json").write_text(json.dumps(dataset_json))
+    printed = workspace.run("zept", "plan", "-d", "906", "-c", "3d_fullres", "-np", "1", "-npfp", "1", "--no_pbar")
+    assert "liver tumor" in printed
+    plans = read_json(workspace.preprocessed / folder.name / "ZePTPlans.json")
+    spacing = plans["configurations"]["3d_fullres"]["spacing"]
+    assert max(spacing) / min(spacing) > 3 and plans["zept"]["taxonomy"]["tumors"]
+    workspace.train(906, "3d_fullres", "0", "ZePTTrainerTest", "-p", "ZePTPlans")
+    model = workspace.model(folder.name, "3d_fullres", plans="ZePTPlans")
+    assert read_json(model / "fold_0" / "validation" / "summary.json")["metric_per_case"]
+    assert "no CT channel" in _log(model / "fold_0")
+
+
+def test_a_bad_dataset_stops_the_stock_command_before_it_writes(
+    workspace: Workspace, planned: Path, tmp_path: Path
+) -> None:
+    other = Workspace(tmp_path)
+    source, target = workspace.preprocessed / planned.name, other.preprocessed / planned.name
+    target.mkdir()
+    shutil.copy(source / "nnUNetPlans.json", target)
+    dataset_json = read_json(source / "dataset.json")
+    dataset_json["zept"]["tumors"] = {"liver tumor": {"hosts": ["colon"]}}
+    (target / "dataset.json").write_text(json.dumps(dataset_json))
+    printed = other.train(901, "3d_fullres", "0", "ZePTTrainerTest", fails=True)
+    assert "ZePTError" in printed and "colon" in printed and "dataset.json" in printed
+    assert not list(other.results.iterdir())
