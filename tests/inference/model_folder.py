@@ -62,12 +62,16 @@ def write_checkpoint(
     """checkpoint_final.pth and checkpoint_best.pth of a fold, with the keys that nnU-Net's predictor reads."""
     network = make_network(block=plans["zept"], seed=fold)
     torch.manual_seed(100 + fold)
-    for parameter in network.parameters():  # the initial maps are nearly constant: make them differ
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    for name, parameter in network.named_parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # the initial maps are nearly constant: make them differ
+        if "heads.2.bias" in name:  # and no class win everywhere
+            parameter.data.fill_(0.5 if name.endswith("bias.bias") else 0.0)
+        if name.endswith("heads.2.norm.weight"):
+            parameter.data.fill_(4.0)
     checkpoint = {
         "network_weights": network.state_dict(),
         "trainer_name": "ZePTTrainer",
-        "inference_allowed_mirroring_axes": (0, 1),
+        "inference_allowed_mirroring_axes": (2,),
         "init_args": {"plans": plans, "configuration": "3d_fullres", "fold": fold, "dataset_json": dataset_json},
         **changes,
     }

@@ -15,12 +15,12 @@ from tests.inference.model_folder import make_model_folder, read_json, write_che
 from zept_nnunet.commands import predict as command
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors
-from zept_nnunet.inference.predict import ScoreExport, ZePTPredictor, write_image
+from zept_nnunet.inference.predict import ZePTPredictor, _Exports, write_image
 
 pytestmark = pytest.mark.filterwarnings("default")  # nnU-Net's own, in its predictor and its workers
 TUMORS = ("liver_tumor", "spleen_tumor", "pancreas tumor")
 HOSTS = ("liver", "spleen", "pancreas")
-SIZE_XYZ = (20, 26, 18)
+SIZE_XYZ = (20, 16, 22)
 
 
 @pytest.fixture(scope="module")
@@ -153,16 +153,14 @@ def test_without_the_flags_nothing_else_is_written(model: Path, images: Path, tm
     }
 
 
-def test_an_error_of_an_export_worker_is_raised(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ScoreExport, "__reduce__", _broken)
-    with pytest.raises(ValueError, match="no such export"):
-        predict(model, images, tmp_path, "--save_scores", "--disable_tta")
+def test_an_error_of_an_export_worker_is_raised() -> None:
+    with pytest.raises(ValueError, match="no such export"), _Exports(1) as exports:
+        exports.submit(_Broken(), np.zeros(1))  # type: ignore[arg-type]
 
 
-def _broken(_: Any) -> Any:
-    raise ValueError("no such export")
+class _Broken:
+    def __reduce__(self) -> Any:
+        raise ValueError("no such export")
 
 
 # ---------------------------------------------------------------------------------------------------- geometry

@@ -236,7 +236,7 @@ def _complete(request: TumorRequest, taxonomy: Taxonomy, dataset_json: Mapping[s
     if key in ("background", "ignore"):
         raise ZePTError(f"{request.name!r} is a name that nnU-Net keeps for itself; choose another")
     taken = {normalize_name(n): n for n in dataset_json["labels"]}
-    taken |= {normalize_name(c.name): c.name for c in (*taxonomy.organs, *taxonomy.tumors)}
+    taken |= {normalize_name(c.name): c.name for c in taxonomy.classes}
     if key in taken:
         raise ZePTError(
             f"{request.name!r}: the model in {source} has a class {taken[key]!r} already; choose another name"
