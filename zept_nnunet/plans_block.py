@@ -23,7 +23,13 @@ _SHARED = {
 }
 DECODER_SETTINGS: dict[str, dict[str, Any]] = {
     # ours: queries from knowledge, background queries, supervised calibrated score per host
-    "zept": {**_SHARED, "queries": "generated", "background_queries": 4, "score": "calibrated", "prompt_probability": 0.2},
+    "zept": {
+        **_SHARED,
+        "queries": "generated",
+        "background_queries": 4,
+        "score": "calibrated",
+        "prompt_probability": 0.2,
+    },
     # as the authors compute it: learned queries, one min-max normalized score for all tumors
     "paper": {**_SHARED, "queries": "learned", "background_queries": 0, "score": "minmax", "prompt_probability": 0.5},
 }
