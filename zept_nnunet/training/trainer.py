@@ -354,7 +354,7 @@ class ZePTTrainer(nnUNetTrainer):
         self.logger.log("mean_fg_dice", mean, self.current_epoch)
         if self.current_epoch > 0 and self.stage_at(self.current_epoch - 1, 0) != stage:
             # other classes count from here on: the moving average starts again, or checkpoint_best stays in stage I
-            self.logger.log("ema_fg_dice", mean, self.current_epoch)
+            self.logger.local_logger.my_fantastic_logging["ema_fg_dice"][self.current_epoch] = mean
             self._best_ema = None
         self.logger.log("dice_per_class_or_region", list(dice), self.current_epoch)
         self.logger.log("val_losses", float(np.mean(self._gather(np.mean(outputs["loss"])))), self.current_epoch)
