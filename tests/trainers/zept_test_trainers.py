@@ -104,4 +104,4 @@ class ZePTTrainerRealCT(ZePTTrainer):
         device: torch.device = CUDA,
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self, epochs=8, iterations=25)
+        _shorten(self, epochs=10, iterations=25)
