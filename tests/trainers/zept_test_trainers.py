@@ -12,12 +12,11 @@ from zept_nnunet.training.variants import ZePTTrainerPaper, ZePTTrainerStageI, Z
 CUDA = torch.device("cuda")  # nnU-Net's default
 
 
-def _shorten(trainer: ZePTTrainer, epochs: int = 1, iterations: int = 2) -> None:
-    trainer.num_epochs, trainer.save_every = epochs, 1
-    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = iterations, 1
+class _Short:
+    """Put before a trainer: nnU-Net reads the parameters' names, so they stay the parent's."""
 
+    epochs, iterations = 1, 2
 
-class ZePTTrainerTest(ZePTTrainer):
     def __init__(
         self,
         plans: dict,
@@ -26,62 +25,31 @@ class ZePTTrainerTest(ZePTTrainer):
         dataset_json: dict,
         device: torch.device = CUDA,
     ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self)
+        super().__init__(plans, configuration, fold, dataset_json, device)  # type: ignore[call-arg]
+        self.num_epochs, self.save_every = self.epochs, 1
+        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = self.iterations, 1
 
 
-class ZePTTrainerPaperTest(ZePTTrainerPaper):
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = CUDA,
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self)
+class ZePTTrainerTest(_Short, ZePTTrainer):
+    pass
 
 
-class ZePTTrainerStageITest(ZePTTrainerStageI):
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = CUDA,
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self)
+class ZePTTrainerPaperTest(_Short, ZePTTrainerPaper):
+    pass
 
 
-class ZePTTrainerStageIITest(ZePTTrainerStageII):
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = CUDA,
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self)
+class ZePTTrainerStageITest(_Short, ZePTTrainerStageI):
+    pass
 
 
-class ZePTTrainerStops(ZePTTrainer):
+class ZePTTrainerStageIITest(_Short, ZePTTrainerStageII):
+    pass
+
+
+class ZePTTrainerStops(_Short, ZePTTrainer):
     """Four epochs of two iterations; dies before the epoch that ZEPT_TEST_STOP names, as a preempted job would."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = CUDA,
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self, epochs=4)
+    epochs = 4
 
     def on_epoch_start(self) -> None:
         if str(self.current_epoch) == os.environ.get("ZEPT_TEST_STOP"):
@@ -92,16 +60,7 @@ class ZePTTrainerStops(ZePTTrainer):
         super().on_epoch_start()
 
 
-class ZePTTrainerRealCT(ZePTTrainer):
+class ZePTTrainerRealCT(_Short, ZePTTrainer):
     """A few short epochs."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = CUDA,
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self, epochs=10, iterations=25)
+    epochs, iterations = 10, 25

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from zept_nnunet.commands.taxonomy import read_dataset_json
 from zept_nnunet.errors import ZePTError
 
 _CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres"]
@@ -102,7 +102,4 @@ def _check_dataset(dataset_id: int) -> tuple[str, tuple[Path, dict[str, Any]]]:
     path = Path(str(nnUNet_raw)) / name / "dataset.json"
     if not path.is_file():
         raise ZePTError(f"-d {dataset_id}: {path} is missing; a dataset in nnU-Net's raw format holds one")
-    try:
-        return name, (path, json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        raise ZePTError(f"{path} is no valid JSON ({error})") from error
+    return name, (path, read_dataset_json(path))
