@@ -55,8 +55,8 @@ class ZePTTrainerStops(_Short, ZePTTrainer):
         if str(self.current_epoch) == os.environ.get("ZEPT_TEST_STOP"):
             raise KeyboardInterrupt(f"stopped before epoch {self.current_epoch}")
         if self.current_epoch:
-            momentum = [s["momentum_buffer"].norm().item() for s in self.optimizer.state_dict()["state"].values()]
-            self.print_to_log_file(f"TEST momentum buffers {len(momentum)} sum {sum(momentum):.6f}")
+            moments = [s["exp_avg"].norm().item() for s in self.optimizer.state_dict()["state"].values()]
+            self.print_to_log_file(f"TEST moments {len(moments)} sum {sum(moments):.6f}")
         super().on_epoch_start()
 
 
