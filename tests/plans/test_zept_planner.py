@@ -201,6 +201,15 @@ def test_small_plans_are_still_wrappable_by_the_estimate(dataset: Path) -> None:
     assert estimate > 0
 
 
+def test_the_small_preset_has_fewer_channels_in_plans_of_its_own_name(dataset: Path, tmp_path: Path) -> None:
+    assert command.run(parse("-d", str(DATASET_ID), "-pl", "ZePTSmallPlanner", "--no_pp", "--no_pbar")) == 0
+    plans = json.loads((tmp_path / "preprocessed" / dataset.name / "ZePTSmallPlans.json").read_text())
+    assert plans["plans_name"] == "ZePTSmallPlans" and read_block(plans)
+    for configuration in ("2d", "3d_fullres"):
+        features = plans["configurations"][configuration]["architecture"]["arch_kwargs"]["features_per_stage"]
+        assert features[:4] == [12, 24, 48, 96] and max(features) == 96
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 def test_bad_datasets_are_refused_before_any_work(dataset: Path, tmp_path: Path) -> None:
     preprocessed = tmp_path / "preprocessed" / dataset.name

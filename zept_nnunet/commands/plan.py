@@ -10,6 +10,7 @@ from zept_nnunet.commands.taxonomy import read_dataset_json
 from zept_nnunet.errors import ZePTError
 
 _CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres"]
+_PLANNERS = ("ZePTPlanner", "ZePTSmallPlanner")
 _PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's defaults
 
 
@@ -27,7 +28,10 @@ def register(subparsers: Any) -> None:
     parser.add_argument("-npfp", type=int, default=8, help="processes for the fingerprint (default: 8)")
     parser.add_argument("-gpu_memory_target", type=float, default=None, help="GPU memory in GB (default: 8)")
     parser.add_argument("-overwrite_target_spacing", nargs=3, type=float, default=None, help="target spacing (three)")
-    parser.add_argument("-overwrite_plans_name", default=None, help="name of the plans (default: ZePTPlans)")
+    parser.add_argument(
+        "-pl", default=_PLANNERS[0], choices=_PLANNERS, help="planner; the small one is for experiments on a CPU"
+    )
+    parser.add_argument("-overwrite_plans_name", default=None, help="name of the plans (default: the planner's own)")
     parser.add_argument("--verify_dataset_integrity", action="store_true", help="check the dataset first")
     parser.add_argument("--clean", action="store_true", help="make the fingerprint again; needed when the data changed")
     parser.add_argument("--no_pp", action="store_true", help="no preprocessing")
@@ -55,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     )
 
     from zept_nnunet.plans.zept_planner import ZePTPlanner
+    from zept_nnunet.plans.zept_small_planner import ZePTSmallPlanner
 
+    planner = ZePTSmallPlanner if args.pl == "ZePTSmallPlanner" else ZePTPlanner
     processes = args.np if args.np is not None else [_PROCESSES.get(c, 4) for c in args.c]
     plans_name = "ZePTPlans"
     available: list[str] = []
@@ -70,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         )
         plans, plans_name = plan_experiment_dataset(
             d,
-            ZePTPlanner,
+            planner,
             gpu_memory_target_in_gb=args.gpu_memory_target,
             overwrite_target_spacing=args.overwrite_target_spacing,
             overwrite_plans_name=args.overwrite_plans_name,
