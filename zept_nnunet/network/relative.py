@@ -1,0 +1,246 @@
+"""Relative features: how far a voxel deviates from the rest of its own organ (method, "What a first experiment
+showed", 3), and the one small head that turns them into an anomaly logit for every organ alike.
+
+What is unusual: the reference is the patient's own organ in the patch, so one appearance rule holds for all organs and
+contrast phases, and no parameter depends on the number of organs. Ours; the paper and its code hold nothing like it.
+
+r_h(v) = (R(v) − μ_h) / σ_h, with R the intensity (as it is, and smoothed inside the organ at two scales) and a small
+projection of the finest features. Per organ:
+  - weights w_h = sg[σ(u_h)²]: a tumor belongs to its organ's support, so μ_h and σ_h must be robust;
+  - start: weighted median and 1.4826 · MAD, breakdown at one half. They are taken over `NUM_SAMPLES` voxels drawn
+    systematically along the cumulated weights, so that no sort grows with the patch;
+  - one reweighting by exp(−½((R − μ)/s)²) over all voxels, which carries the gradient. It shrinks the variance of a
+    Gaussian by two, which is therefore doubled;
+  - shrinkage of μ and log σ towards learned population values, as if `prior_voxels` more voxels had them;
+  - a floor under σ at the image noise: nnU-Net clips CT, and an organ beyond the clipping range is constant.
+
+Limits. The reference is what the *patch* shows. Shrinkage covers an organ of which little is visible, but an anomaly
+that makes up half of the visible organ or more becomes the norm, and r changes with the window's position there: with
+sliding windows the same voxel gets several values, which nnU-Net averages.
+
+Letters as in `backbone.py`; K channels of R, `*` the input's grid, `/` the pooled one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zept_nnunet.errors import ZePTError
+
+NUM_SAMPLES = 1025
+"""Voxels per organ for median and MAD; odd, so that the median is one of them."""
+
+_LIMIT = 10.0  # |r| beyond it says no more; outside an organ r would be hundreds
+_MAD_TO_SD = 1.4826
+_EPS = 1e-6
+_SMOOTHINGS = (0, 1, 3)  # passes of a 3-voxel box on the pooled grid
+
+
+def weighted_samples(weights: Tensor, count: int = NUM_SAMPLES) -> Tensor:
+    """Indices of `count` systematic samples along the cumulated weights: (N, V) ≥ 0 → (N, count), ascending.
+
+    Sample j is the first voxel whose cumulated weight exceeds (j + ½)/count of the total, so a plain median over the
+    samples is the weighted median up to 1/(2 count) of the weight. Without any weight: the last voxel, repeatedly.
+    """
+    cumulated = weights.double().cumsum(-1) if weights.device.type != "mps" else weights.cumsum(-1)
+    levels = (torch.arange(count, device=weights.device, dtype=cumulated.dtype) + 0.5) / count
+    wanted = levels * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, wanted, right=True).clamp_max(weights.shape[-1] - 1)
+
+
+def robust_statistics(values: Tensor, weights: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Robust mean and variance of an organ; see the module. The gradient reaches `values` alone.
+
+    values (N, K, V) and weights (N, V) ≥ 0, float32; floor (K,), the smallest spread that the reweighting assumes →
+    two of (N, K). Finite without any weight.
+    """
+    weights = weights.detach()
+    with torch.no_grad():
+        index = weighted_samples(weights)[:, None].expand(-1, values.shape[1], -1)
+        samples = values.gather(-1, index)
+        median = samples.median(-1, keepdim=True).values
+        spread = _MAD_TO_SD * (samples - median).abs().median(-1, keepdim=True).values
+        spread = torch.maximum(spread, floor[:, None])
+        near = weights[:, None] * torch.exp(-0.5 * ((values - median) / spread).square())
+        near = near / near.sum(-1, keepdim=True).clamp_min(_EPS)
+    mean = (near * values).sum(-1)
+    variance = 2 * (near * (values - mean[..., None]).square()).sum(-1)
+    return mean, variance
+
+
+class RelativeFeatures(nn.Module):
+    """Per organ, the deviation of every voxel from that organ.
+
+    `num_features` = 2K + 1 per organ: signed r, |r|, and the organ's support, on the grid pooled by `pooling`; both
+    kinds of r are multiplied by the support, so that they fade to zero outside of the organ. Statistics are computed in
+    float32 whatever the autocast.
+    """
+
+    floor: Tensor
+
+    def __init__(
+        self,
+        num_projected: int,
+        feature_channels: int,
+        image_channels: int = 1,
+        *,
+        noise: float | Sequence[float] = 0.1,
+        query_width: int | None = None,
+        pooling: int | Sequence[int] = 2,
+        prior_voxels: float = 64.0,
+    ):
+        """
+        Args:
+            num_projected: channels of the projection of F; 0 for none.
+            feature_channels: of F.
+            noise: floor of σ for the intensities, one or one per image channel, in normalized units (of CT: noise in HU
+                divided by the standard deviation in the plans). Projected channels have 0.1, in units of their own.
+            query_width: D where the population values come from organ queries, None where all organs share them.
+            pooling: of every axis or one per axis; 1 for an axis with thick slices.
+            prior_voxels: pooled voxels that the population values weigh.
+        """
+        super().__init__()
+        floors = [float(noise)] * image_channels if isinstance(noise, (int, float)) else [float(n) for n in noise]
+        if len(floors) != image_channels or min(floors) <= 0:
+            raise ZePTError(f"noise must hold one positive number per image channel ({image_channels}), got {noise}")
+        self.image_channels, self.num_projected = image_channels, num_projected
+        self.pooling = pooling if isinstance(pooling, int) else tuple(pooling)
+        self.prior_voxels = prior_voxels
+        self.num_channels = len(_SMOOTHINGS) * image_channels + num_projected
+        self.num_features = 2 * self.num_channels + 1
+        floor = torch.tensor(floors * len(_SMOOTHINGS) + [0.1] * num_projected)
+        self.register_buffer("floor", floor, persistent=False)
+        # 1 × 1 convolution without bias: r does not see a constant
+        self.project = nn.Linear(feature_channels, num_projected, bias=False) if num_projected else None
+        self.population = nn.Parameter(torch.zeros(2 * self.num_channels))  # means, then log variances
+        self.population_of = nn.Linear(query_width, 2 * self.num_channels, bias=False) if query_width else None
+        if self.population_of is not None:
+            nn.init.zeros_(self.population_of.weight)
+
+    def forward(self, x: Tensor, features: Tensor, support: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Image (B, C, *), finest features (B, C_f, *), support logits (B, Q, *), organ queries (B, Q, D) with
+        `query_width` → (B, Q, 2K + 1, /). Nothing flows back through `support`.
+        """
+        return self.relate(*self.shared(x, features), support, queries)
+
+    def shared(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What all organs have in common: pooled intensities (B, C, /) and projected features (B, P, /), float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = self._pool(x.detach().float())
+            if self.project is None:
+                return pooled, pooled[:, :0]
+            half = features if features.device.type == "cuda" else features.float()  # no float32 copy at full size
+            return pooled, self.project(self._pool(half).float().movedim(1, -1)).movedim(-1, 1)
+
+    def relate(self, pooled: Tensor, projected: Tensor, support: Tensor, queries: Tensor | None = None) -> Tensor:
+        """As `forward`, from what `shared` returns; for any subset of the organs."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            batch, organs = support.shape[:2]
+            grid = pooled.shape[2:]
+            with torch.no_grad():
+                inside = self._pool(support.detach().float().sigmoid())  # (B, Q, /)
+                weights = inside.square()
+                intensities = self._smooth_inside(pooled, weights)  # (B, Q, 3C, /)
+            values = torch.cat((intensities, projected[:, None].expand(-1, organs, *projected.shape[1:])), 2)
+            values = values.flatten(0, 1).flatten(2)  # (B·Q, K, V)
+            flat_weights = weights.flatten(0, 1).flatten(1)  # (B·Q, V)
+            mean, variance = robust_statistics(values, flat_weights, self.floor)
+            mean, sigma = self._shrink(mean, variance, flat_weights.sum(-1, keepdim=True), queries)
+            r = ((values - mean[..., None]) / sigma[..., None]).clamp(-_LIMIT, _LIMIT)
+            inside = inside.flatten(0, 1).flatten(1)[:, None]  # (B·Q, 1, V)
+            r = r * inside
+            return torch.cat((r, r.abs(), inside), 1).view(batch, organs, self.num_features, *grid)
+
+    def _shrink(self, mean: Tensor, variance: Tensor, visible: Tensor, queries: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and σ, towards the population where little is visible; `visible` (B·Q, 1) in pooled voxels.
+
+        σ is averaged in its logarithm: a population spread ten times the organ's would else outweigh any organ.
+        """
+        population = self.population.float()
+        if self.population_of is not None:
+            if queries is None:
+                raise ZePTError("RelativeFeatures was built with query_width: give the organ queries (B, Q, D)")
+            population = population + self.population_of(queries.float()).flatten(0, 1)
+        population_mean, log_variance = population.chunk(2, -1)
+        own = visible / (visible + self.prior_voxels)
+        noise = self.floor.square()
+        log_sigma = 0.5 * torch.lerp((log_variance.clamp(-10, 10).exp() + noise).log(), (variance + noise).log(), own)
+        return torch.lerp(population_mean, mean, own), log_sigma.exp()
+
+    def _smooth_inside(self, pooled: Tensor, weights: Tensor) -> Tensor:
+        """Intensities averaged over the organ's own voxels: (B, C, /), (B, Q, /) → (B, Q, 3C, /).
+
+        Averages that cross the surface would make every border anomalous. Far outside, the plain average.
+        """
+        batch, organs = weights.shape[:2]
+        w = weights.flatten(0, 1)[:, None]  # (B·Q, 1, /)
+        plain = pooled[:, None].expand(-1, organs, *pooled.shape[1:]).flatten(0, 1)  # (B·Q, C, /)
+        w = w + 1e-4
+        scales, numerator, denominator, passes = [plain], plain * w, w, 0
+        for wanted in _SMOOTHINGS[1:]:
+            while passes < wanted:
+                numerator, denominator, passes = self._box(numerator), self._box(denominator), passes + 1
+            scales.append(numerator / denominator)
+        return torch.cat(scales, 1).view(batch, organs, -1, *pooled.shape[2:])
+
+    def _box(self, x: Tensor) -> Tensor:
+        """Mean over 3 voxels along every axis, of those in the patch; not along an axis that alone is not pooled."""
+        pool, axes = (F.avg_pool3d, 3) if x.ndim == 5 else (F.avg_pool2d, 2)
+        steps = [self.pooling] * axes if isinstance(self.pooling, int) else self.pooling
+        kernel = [1 if step == 1 < max(steps) else 3 for step in steps]
+        return pool(x, kernel, stride=1, padding=[k // 2 for k in kernel], count_include_pad=False)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Average over `pooling`; a part of a window at the far border counts by itself (odd sizes)."""
+        pool = F.avg_pool3d if x.ndim == 5 else F.avg_pool2d
+        return pool(x, self.pooling, ceil_mode=True, count_include_pad=False)
+
+
+class RelativeHead(nn.Module):
+    """One anomaly logit per organ and voxel, by the same weights for every organ.
+
+    Organs go through in chunks, and with more than one chunk their activations are computed again in the backward pass:
+    memory grows with `organs_per_chunk`, not with Q.
+    """
+
+    def __init__(self, features: RelativeFeatures, dimensions: int, width: int = 16, organs_per_chunk: int = 8):
+        super().__init__()
+        self.features = features
+        self.organs_per_chunk = organs_per_chunk
+        conv = nn.Conv3d if dimensions == 3 else nn.Conv2d
+        self.layers = nn.Sequential(
+            conv(features.num_features, width, 3, padding=1),
+            nn.LeakyReLU(0.01),
+            conv(width, width, 3, padding=1),
+            nn.LeakyReLU(0.01),
+            conv(width, 1, 1),
+        )  # no norm over the patch: it would make the logit depend on what else the patch shows
+
+    def forward(self, x: Tensor, features: Tensor, support: Tensor, queries: Tensor | None = None) -> Tensor:
+        """As `RelativeFeatures.forward` → anomaly logits (B, Q, *) on the input's grid."""
+        organs = support.shape[1]
+        if organs == 0:
+            return support.detach() * 0
+        pooled, projected = self.features.shared(x, features)
+        support, size = support.detach(), self.organs_per_chunk
+        logits = []
+        for start in range(0, organs, size):
+            chunk = slice(start, start + size)
+            q = None if queries is None else queries[:, chunk]
+            if organs > size and torch.is_grad_enabled():
+                part = checkpoint(self._chunk, pooled, projected, support[:, chunk], q, use_reentrant=False)
+            else:
+                part = self._chunk(pooled, projected, support[:, chunk], q)
+            logits.append(part)
+        return F.interpolate(
+            torch.cat(logits, 1), support.shape[2:], mode="trilinear" if support.ndim == 5 else "bilinear"
+        )
+
+    def _chunk(self, pooled: Tensor, projected: Tensor, support: Tensor, queries: Tensor | None) -> Tensor:
+        r = self.features.relate(pooled, projected, support, queries)
+        return self.layers(r.flatten(0, 1)).view(*r.shape[:2], *r.shape[3:])
