@@ -30,7 +30,7 @@ def test_fingerprint_follows_the_trained_classes_and_nothing_else() -> None:
 
 def test_differences_are_named() -> None:
     assert differences(block(), block(knowledge={"liver": "another text"})) == ["knowledge"]
-    assert differences(block(), block("paper")) == ["decoder"]
+    assert differences(block(), block("paper")) == ["decoder", "set of organs with synthetic anomalies"]
 
 
 def test_unseen_tumors_and_their_descriptions_stay_out_of_training() -> None:

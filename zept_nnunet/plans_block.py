@@ -45,12 +45,28 @@ def build_block(dataset_json: Mapping[str, Any], variant: str = "zept", source: 
     descriptions = dict((dataset_json.get("zept") or {}).get("knowledge") or {})
     unseen = {normalize_name(name) for name in (dataset_json.get("zept") or {}).get("unseen") or {}}
     bank = KnowledgeBank.build(taxonomy, {n: t for n, t in descriptions.items() if normalize_name(n) not in unseen})
+    anomalies = {f"abnormal {organ}": organ for organ in unlabeled_organs(taxonomy)} if variant == "zept" else {}
+    for name, organ in anomalies.items():
+        bank = bank.with_class(name, f"abnormal tissue in the {organ}, unlike the {organ} around it")
     return {
         "version": VERSION,
         "taxonomy": taxonomy.to_dict(),
         "knowledge": bank.to_dict(),
         "decoder": dict(DECODER_SETTINGS[variant]),
+        "anomalies": anomalies,
     }
+
+
+def unlabeled_organs(taxonomy: Taxonomy) -> tuple[str, ...]:
+    """Organs whose tumors nobody labeled: training puts synthetic anomalies into them, each with a query of its own.
+
+    None where a tumor may lie anywhere in the body: then every organ's tumors are labeled.
+    """
+    tumors = taxonomy.trained_tumors
+    if any(not t.hosts for t in tumors):
+        return ()
+    hosts = {host for t in tumors for host in t.hosts}
+    return tuple(o.name for o in taxonomy.organs if o.name not in hosts)
 
 
 def read_block(plans: Mapping[str, Any], source: str = "plans.json") -> dict[str, Any]:
@@ -71,8 +87,9 @@ def read_block(plans: Mapping[str, Any], source: str = "plans.json") -> dict[str
     if missing:
         raise ZePTError(f"{source}: the 'zept' block lacks {missing}; plan again (zept plan)")
     bank = KnowledgeBank.from_dict(block["knowledge"])
-    bank.matrix(_class_names(Taxonomy.from_dict(block["taxonomy"])))
-    return {**block, "knowledge": bank.to_dict()}
+    anomalies = dict(block.get("anomalies", {}))
+    bank.matrix([*_class_names(Taxonomy.from_dict(block["taxonomy"])), *anomalies])
+    return {**block, "knowledge": bank.to_dict(), "anomalies": anomalies}
 
 
 def add_tumor_to_block(
@@ -117,10 +134,17 @@ def fingerprint(block: Mapping[str, Any]) -> bytes:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What of taxonomy, knowledge and decoder settings differs between two blocks, in words."""
+    """What differs between two blocks, in words: taxonomy, decoder settings, knowledge, synthetic anomalies."""
     found = [part for part in ("taxonomy", "decoder") if a[part] != b[part]]
-    if json.dumps(a["knowledge"], sort_keys=True) != json.dumps(b["knowledge"], sort_keys=True):
+    anomalies = [block.get("anomalies", {}) for block in (a, b)]
+    knowledge = [
+        {**block["knowledge"], "vectors": {n: v for n, v in block["knowledge"]["vectors"].items() if n not in names}}
+        for block, names in zip((a, b), anomalies, strict=True)
+    ]
+    if json.dumps(knowledge[0], sort_keys=True) != json.dumps(knowledge[1], sort_keys=True):
         found.append("knowledge")
+    if anomalies[0] != anomalies[1]:
+        found.append("set of organs with synthetic anomalies")
     return found
 
 

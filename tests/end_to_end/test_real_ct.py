@@ -19,7 +19,7 @@ pytestmark = [
         reason=f"no real CT at {data_folder('abdomen_ct')}; see tests/real_ct.py",
     ),
 ]
-MIN_DICE = {"liver": 0.5}  # one patient, minutes of training: where it is, not how exactly
+MIN_DICE = 0.6  # one patient, minutes of training: where the organs are, not how exactly
 
 
 def test_organs_of_a_real_ct_come_out_where_they_are(workspace: Workspace, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_organs_of_a_real_ct_come_out_where_they_are(workspace: Workspace, tmp_p
     print(f"real CT, Dice per organ: {dice}")
     if "ZEPT_TEST_PICTURES" in os.environ:
         _draw(folder, predicted, Path(os.environ["ZEPT_TEST_PICTURES"]) / "real_ct.png")
-    assert {organ: d for organ, d in dice.items() if d < MIN_DICE.get(organ, 0)} == {}, dice
+    assert {organ: d for organ, d in dice.items() if d < MIN_DICE} == {}, dice
 
 
 def _draw(folder: Path, predicted: np.ndarray, file: Path) -> None:
@@ -58,9 +58,9 @@ def _draw(folder: Path, predicted: np.ndarray, file: Path) -> None:
         for ax, overlay, title in zip(
             row, (None, reference, predicted), ("CT", "reference", "prediction"), strict=True
         ):
-            ax.imshow(hu[z][::-1], cmap="gray", vmin=-175, vmax=250)
+            ax.imshow(hu[z][::-1, ::-1], cmap="gray", vmin=-175, vmax=250)
             if overlay is not None:
-                shown = np.ma.masked_equal(overlay[z][::-1], 0)
+                shown = np.ma.masked_equal(overlay[z][::-1, ::-1], 0)
                 ax.imshow(shown, cmap="tab10", vmin=0, vmax=9, alpha=0.6, interpolation="nearest")
             ax.set_title(f"{title}, slice {z}")
             ax.axis("off")

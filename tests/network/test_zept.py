@@ -88,6 +88,30 @@ def test_an_added_tumor_leaves_the_maps_of_the_trained_classes(dimensions: int, 
     assert Taxonomy.from_dict(grown["taxonomy"]).tumors[-1].added
 
 
+def test_anomalies_have_maps_in_training_and_change_no_other(dimensions: int, image: torch.Tensor) -> None:
+    block = build_block(deepcopy(DATASET_JSON))  # liver and spleen have tumors, the pancreas has none
+    assert block["anomalies"] == {"abnormal pancreas": "pancreas"}
+    network = make_network(dimensions, block=block).eval()
+    without = make_network(dimensions, block={**block, "anomalies": {}}).eval()
+    without.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        a, b = network(image), without(image)
+    assert not b.anomaly and [m.shape[1] for m in a.anomaly] == [1] * len(a.tumor)
+    assert a.tumor_embedding.shape == b.tumor_embedding.shape
+    for mine, other in zip((*a.tumor, *a.healthy), (*b.tumor, *b.healthy), strict=True):
+        assert torch.allclose(mine, other, atol=1e-5)
+    # an added tumor with the same words is the same query, met at inference as it was in training
+    vector = block["knowledge"]["vectors"]["abnormal pancreas"]
+    grown = add_tumor_to_block(block, "pancreas tumor", ("pancreas",), 6)
+    grown["knowledge"]["vectors"]["pancreas tumor"] = vector
+    predictor = make_network(dimensions, block=grown, deep_supervision=False).eval()
+    predictor.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(predictor(image)[:, 6], a.anomaly[0][:, 0].clamp(-1000, 1000), atol=1e-4)
+    network.stage = 1
+    assert not network(image).anomaly
+
+
 def test_other_knowledge_is_refused_on_load(dimensions: int) -> None:
     network = make_network(dimensions)
     other = deepcopy(DATASET_JSON) | {"zept": {"knowledge": {"liver": "another text"}}}
@@ -117,7 +141,7 @@ def test_every_parameter_gets_a_gradient_and_a_frozen_one_exactly_zero(
     network.stage = stage
     output = network(image)
     total = output.anchor + output.organ_embedding.square().sum() + output.tumor_embedding.square().sum()
-    for maps in (output.support, output.healthy, output.tumor):
+    for maps in (output.support, output.healthy, output.tumor, output.anomaly):
         total = total + sum(m.square().mean() for m in maps)
     total.backward()
     advanced = {id(p) for p in network.stage_two_parameters()}

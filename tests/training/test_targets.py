@@ -5,7 +5,7 @@ import torch
 
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.taxonomy import Taxonomy
-from zept_nnunet.training.targets import Annotations, make_targets
+from zept_nnunet.training.targets import Annotations, anomaly_labels, make_targets
 
 KIDNEYS = {"left kidney": 2, "right kidney": 3}
 PLAIN = {
@@ -24,6 +24,18 @@ def test_support_holds_tumors_and_healthy_does_not() -> None:
     assert t.is_valid is not None and t.is_valid[0, 0].int().tolist() == [[1, 1, 1, 1, 1, 0]]
     paper = make_targets(labels, taxonomy, organs_include_tumors=True)
     assert torch.equal(paper.healthy, paper.support)
+
+
+def test_an_anomaly_belongs_to_its_organ_and_is_not_healthy() -> None:
+    taxonomy = Taxonomy.from_dataset_json({**PLAIN, "labels": {**PLAIN["labels"], "spleen": 6, "ignore": 7}})  # type: ignore[dict-item]
+    anomalies = anomaly_labels(taxonomy, ["spleen"])
+    assert anomalies == {6: 8}  # beyond every label, the ignore label too
+    t = make_targets(torch.tensor([[0, 6, 8, 4]]).view(1, 1, 1, 4), taxonomy, anomalies=anomalies)
+    spleen = [o.name for o in taxonomy.organs].index("spleen")
+    assert t.anomaly[0].int().tolist() == [[[0, 0, 1, 0]]]
+    assert t.support[0, spleen].int().tolist() == [[0, 1, 1, 0]]
+    assert t.healthy[0, spleen].int().tolist() == [[0, 1, 0, 0]]
+    assert make_targets(torch.zeros(1, 1, 1, 4), taxonomy).anomaly.shape == (1, 0, 1, 4)
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])

@@ -7,6 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -130,6 +131,29 @@ def test_one_epoch_switches_at_half_of_its_iterations(results: Path) -> None:
 def test_paper_trainer_gets_the_papers_decoder(results: Path) -> None:
     decoder = make_trainer(ZePTTrainerPaper).plans_manager.plans["zept"]["decoder"]
     assert (decoder["queries"], decoder["score"]) == ("learned", "minmax")
+
+
+def test_anomalies_go_into_organs_without_tumor_labels(results: Path) -> None:
+    plans = make_plans()
+    seen = {"mean": 50.0, "std": 40.0, "percentile_00_5": -100.0, "percentile_99_5": 200.0}
+    plans["foreground_intensity_properties_per_channel"] = {"0": seen}
+    trainer = make_trainer(plans=plans)
+    size = trainer.configuration_manager.patch_size
+    transforms = trainer.get_training_transforms(
+        size, (-0.1, 0.1), [[1.0] * 3, [0.5] * 3], (0, 1, 2), False, use_mask_for_norm=[False], is_cascaded=False,
+        foreground_labels=[1, 2, 3, 4, 5], regions=None, ignore_label=None,
+    )  # fmt: skip
+    labels = torch.zeros(1, *size, dtype=torch.int16)
+    labels[:, :, 2:11] = 1  # liver: it has tumor labels
+    labels[:, :, 13:22] = 3  # pancreas: it has none
+    found: set[int] = set()
+    np.random.seed(0)
+    for _ in range(12):
+        sample = transforms(image=torch.zeros(1, *size), segmentation=labels.clone())
+        assert [s.shape[1] for s in sample["segmentation"]] == [size[0], size[0] // 2]
+        found |= set(sample["segmentation"][0].unique().tolist())
+    assert trainer.anomaly_labels == {3: 6} and found == {0, 1, 3, 6}
+    assert make_trainer(ZePTTrainerPaper, plans).anomaly_labels == {}
 
 
 def test_log_holds_no_vectors(results: Path) -> None:

@@ -10,7 +10,7 @@ from zept_nnunet.losses.segmentation import AnnotatedDiceBCE
 from zept_nnunet.network.zept import ZePT, ZePTOutput
 from zept_nnunet.training.targets import Targets
 
-TERMS = ("organ_support", "organ_healthy", "tumor", "query_to_knowledge", "query_to_query")
+TERMS = ("organ_support", "organ_healthy", "tumor", "anomaly", "query_to_knowledge", "query_to_query")
 """The terms of the loss, each logged by its name."""
 
 
@@ -46,6 +46,9 @@ class ZePTLoss(nn.Module):
                 pairs["organ_healthy"] = (output.healthy[s], target.healthy, organs)
             if output.tumor:
                 pairs["tumor"] = (output.tumor[s], target.tumor, tumors)
+            if output.anomaly:
+                everywhere = torch.ones(target.anomaly.shape[:2], dtype=torch.bool)
+                pairs["anomaly"] = (output.anomaly[s], target.anomaly, everywhere)
             for term, (logits, wanted, annotated) in pairs.items():
                 terms[term] = terms[term] + share * self.segmentation(logits, wanted, annotated, target.is_valid)
         terms["query_to_knowledge"], terms["query_to_query"] = self._alignment(output)

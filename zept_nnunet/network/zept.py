@@ -39,6 +39,7 @@ class ZePTOutput(NamedTuple):
     support: list[Tensor]  # (B, Q, *): the organ with any tumor in it
     healthy: list[Tensor]  # (B, Q, *): the organ's healthy tissue
     tumor: list[Tensor]  # (B, U, *): tumor maps; empty in stage I
+    anomaly: list[Tensor]  # (B, A, *): maps of synthetic anomalies; empty in stage I and where there are none
     organ_embedding: Tensor  # (B, Q, E)
     tumor_embedding: Tensor  # (B, U, E); (B, 0, E) in stage I
     temperature: Tensor  # scalar, of the alignment
@@ -55,6 +56,9 @@ class ZePT(nn.Module):
     tumor_queries: nn.Module
     host_to_tumor: nn.Module
     tumors_see: Tensor
+    knowledge_anomalies: Tensor
+    sees_training: Tensor
+    tumors_see_training: Tensor
 
     def __init__(
         self,
@@ -85,9 +89,18 @@ class ZePT(nn.Module):
         for name, classes in (("organs", taxonomy.organs), ("tumors", taxonomy.tumors)):
             vectors = torch.from_numpy(bank.matrix(c.name for c in classes))
             self.register_buffer(f"knowledge_{name}", vectors, persistent=False)
-        is_added = torch.tensor([False] * self.num_organs + [t.added for t in taxonomy.tumors], dtype=torch.bool)
-        self.register_buffer("sees", query_visibility(is_added), persistent=False)
-        self.register_buffer("tumors_see", query_visibility(is_added[self.num_organs :]), persistent=False)
+        # Organs whose tumors nobody labeled hold synthetic anomalies in training. Each has a query, which like that of
+        # an added tumor sees the others and is seen by none: what training shows it is what an added tumor will meet.
+        organ_index = {organ.name: i for i, organ in enumerate(taxonomy.organs)}
+        self.anomaly_hosts = tuple((organ_index[host],) for host in block.get("anomalies", {}).values())
+        vectors = torch.from_numpy(bank.matrix(block.get("anomalies", {})))
+        self.register_buffer("knowledge_anomalies", vectors, persistent=False)
+        added = [False] * self.num_organs + [t.added for t in taxonomy.tumors]
+        for name, flags in (("", added), ("_training", added + [True] * len(self.anomaly_hosts))):
+            is_added = torch.tensor(flags, dtype=torch.bool)
+            self.register_buffer(f"sees{name}", query_visibility(is_added), persistent=False)
+            tumors_see = query_visibility(is_added[self.num_organs :])
+            self.register_buffer(f"tumors_see{name}", tumors_see, persistent=False)
 
         # queries
         self.is_learned = settings["queries"] == "learned"
@@ -145,20 +158,20 @@ class ZePT(nn.Module):
 
     def _finest_maps(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """healthy, tumor, support, anomaly at the finest scale."""
-        queries = self._refine(features, with_tumors=self.predict_tumors)
+        queries = self._refine(features, self.hosts if self.predict_tumors else ())
         support, healthy = self._organ_maps(queries.organs, features, -1)
         score = self._score(support, healthy)
         if queries.tumors is None:
             tumor = support.new_full((support.shape[0], self.num_tumors, *support.shape[2:]), -LOGIT_LIMIT)
         else:
-            tumor, healthy = self._tumor_maps(queries.tumors, features, -1, support, healthy, score)
+            tumor, healthy = self._tumor_maps(queries.tumors, self.hosts, features, -1, support, healthy, score)
         anomaly = score if self.is_calibrated else score.expand_as(support)
         return healthy, tumor, support, anomaly
 
     def _training_output(self, features: list[Tensor]) -> ZePTOutput:
-        with_tumors = self.stage == 2 and self.num_tumors > 0
-        queries = self._refine(features, with_tumors)
-        support, healthy, tumor = [], [], []
+        hosts = self.hosts + self.anomaly_hosts if self.stage == 2 else ()
+        queries = self._refine(features, hosts)
+        support, healthy, tumor, anomaly = [], [], [], []
         for scale in reversed(range(len(features))):  # fine to coarse
             if not self.is_calibrated and scale != len(features) - 1:
                 break  # the authors supervise the finest maps alone
@@ -167,20 +180,23 @@ class ZePT(nn.Module):
             else:
                 u, h = self._organ_maps(queries.organs, features, scale)
             if queries.tumors is not None:
-                z, h = self._tumor_maps(queries.tumors, features, scale, u, h, self._score(u, h))
-                tumor.append(z)
+                z, h = self._tumor_maps(queries.tumors, hosts, features, scale, u, h, self._score(u, h))
+                tumor.append(z[:, : self.num_tumors])
+                if self.anomaly_hosts:
+                    anomaly.append(z[:, self.num_tumors :])
             support.append(u)
             healthy.append(h)
         batch = features[-1].shape[0]
         tumor_embedding = (
             support[0].new_zeros(batch, 0, self.to_knowledge.out_features)
-            if queries.tumors is None
-            else self._embed(queries.tumors, queries.tumors_given)
+            if queries.tumors is None or queries.tumors_given is None
+            else self._embed(queries.tumors[:, : self.num_tumors], queries.tumors_given[:, : self.num_tumors])
         )
         return ZePTOutput(
             support,
             healthy,
             tumor,
+            anomaly,
             self._embed(queries.organs, queries.organs_given),
             tumor_embedding,
             self.log_temperature.exp(),
@@ -188,10 +204,10 @@ class ZePT(nn.Module):
         )
 
     # ------------------------------------------------------------------------------------------------ parts
-    def _refine(self, features: list[Tensor], with_tumors: bool) -> _Queries:
-        """Grouping, prompts, advanced layers, joint attention."""
+    def _refine(self, features: list[Tensor], hosts: tuple[tuple[int, ...], ...]) -> _Queries:
+        """Grouping, prompts, advanced layers, joint attention; `hosts` of each advanced query, or ()."""
         batch = features[0].shape[0]
-        organs_given, tumors_given = self._given_queries()
+        organs_given, tumors_given = self._given_queries(hosts)
         organs_given = organs_given.expand(batch, -1, -1)
         background = self.background_queries.expand(batch, -1, -1)
         q = torch.cat((organs_given, background), 1)
@@ -202,28 +218,32 @@ class ZePT(nn.Module):
             tokens.append(x)
             coarse.append(self._organ_maps(q[:, : self.num_organs], features, scale))
         organs = q[:, : self.num_organs]
-        if not with_tumors or self.num_tumors == 0:
+        if not hosts:
             return _Queries(organs, organs_given, None, None, coarse)
 
         tumors_given = tumors_given.expand(batch, -1, -1)
         t = tumors_given
-        prompts = [self._prompts(u, h) for u, h in coarse]
+        is_training_set = len(hosts) > self.num_tumors
+        tumors_see = self.tumors_see_training if is_training_set else self.tumors_see
+        prompts = [self._prompts(u, h, hosts) for u, h in coarse]
         for i, layer in enumerate(self.advanced):
             scale = i % self.num_grouping
-            t = layer(t, tokens[scale], prompts[scale], self.tumors_see)
-        joint = self.joint(torch.cat((organs, t), 1), self.sees)
+            t = layer(t, tokens[scale], prompts[scale], tumors_see)
+        joint = self.joint(torch.cat((organs, t), 1), self.sees_training if is_training_set else self.sees)
         return _Queries(joint[:, : self.num_organs], organs_given, joint[:, self.num_organs :], tumors_given, coarse)
 
-    def _given_queries(self) -> tuple[Tensor, Tensor]:
-        """Queries before they have seen the image: (Q, D), (U, D)."""
+    def _given_queries(self, hosts: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+        """Queries before they have seen the image: (Q, D), and one (D) for each of `hosts`: (len(hosts), D)."""
         if self.is_learned:
             learned: Tensor = self.get_parameter("decoder.seg_layers.queries")
             organs, tumors = learned.split((self.num_organs, self.num_tumors))
             return organs, tumors
         organs = self.organ_queries(self.knowledge_organs)
-        tumors = self.tumor_queries(self.knowledge_tumors)
-        hosts = [organs[list(h)].mean(0) if h else organs.new_zeros(organs.shape[1]) for h in self.hosts]
-        return organs, tumors + self.host_to_tumor(torch.stack(hosts)) if hosts else tumors
+        if not hosts:
+            return organs, organs[:0]
+        knowledge = torch.cat((self.knowledge_tumors, self.knowledge_anomalies))[: len(hosts)]
+        means = [organs[list(h)].mean(0) if h else organs.new_zeros(organs.shape[1]) for h in hosts]
+        return organs, self.tumor_queries(knowledge) + self.host_to_tumor(torch.stack(means))
 
     def _organ_maps(self, organs: Tensor, features: list[Tensor], scale: int) -> tuple[Tensor, Tensor]:
         support = self.support_heads[scale](organs, features[scale])
@@ -238,27 +258,34 @@ class ZePT(nn.Module):
                 return support.new_zeros(support.shape[0], 1, *support.shape[2:])
             return minmax_score(support)
 
-    def _prompts(self, support: Tensor, healthy: Tensor) -> Tensor:
+    def _prompts(self, support: Tensor, healthy: Tensor, hosts: tuple[tuple[int, ...], ...]) -> Tensor:
         score = self._score(support, healthy).flatten(2)
         if self.is_calibrated:
-            return calibrated_prompts(support.flatten(2), score, self.hosts, self.prompt_threshold)
-        return minmax_prompts(score, self.num_tumors, self.prompt_threshold)
+            return calibrated_prompts(support.flatten(2), score, hosts, self.prompt_threshold)
+        return minmax_prompts(score, len(hosts), self.prompt_threshold)
 
     def _tumor_maps(
-        self, tumors: Tensor, features: list[Tensor], scale: int, support: Tensor, healthy: Tensor, score: Tensor
+        self,
+        tumors: Tensor,
+        hosts: tuple[tuple[int, ...], ...],
+        features: list[Tensor],
+        scale: int,
+        support: Tensor,
+        healthy: Tensor,
+        score: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Tumor maps and the healthy maps that go with them (the authors edit these)."""
+        """Tumor maps, one for each of `hosts`, and the healthy maps that go with them (the authors edit these)."""
         a = self.tumor_heads[scale](tumors, features[scale])
         if not self.is_calibrated:
-            owners = sorted({organ for h in self.hosts for organ in h})
+            owners = sorted({organ for h in hosts for organ in h})
             owns = torch.zeros(self.num_organs, device=a.device, dtype=a.dtype).index_fill(
                 0, torch.tensor(owners, device=a.device, dtype=torch.long), 1
             )
             return a + score, healthy - score * owns.view(1, -1, *[1] * (a.ndim - 2))
         weight = nn.functional.softplus(self.score_weight)
         maps = []
-        scores = over_hosts(score, self.hosts)
-        for k, (in_host, in_score) in enumerate(zip(over_hosts(support.detach(), self.hosts), scores, strict=True)):
+        scores = over_hosts(score, hosts)
+        for k, (in_host, in_score) in enumerate(zip(over_hosts(support.detach(), hosts), scores, strict=True)):
             if in_host is None or in_score is None:  # the whole body is the host
                 maps.append(a[:, k])
             else:
@@ -290,6 +317,6 @@ class ZePT(nn.Module):
 class _Queries(NamedTuple):
     organs: Tensor
     organs_given: Tensor
-    tumors: Tensor | None
+    tumors: Tensor | None  # (B, U, D), or (B, U + A, D) in training
     tumors_given: Tensor | None
     coarse: list[tuple[Tensor, Tensor]]  # support and healthy maps of the grouping scales, coarse to fine

@@ -21,14 +21,29 @@ class Targets:
     support: Tensor  # (B, Q, *): the organ with its tumors
     healthy: Tensor  # (B, Q, *): the organ without them
     tumor: Tensor  # (B, U, *)
+    anomaly: Tensor  # (B, A, *): synthetic ones, a map for each organ that may hold them
     is_valid: Tensor | None  # (B, 1, *): False where the label is "ignore"; None without an ignore label
 
 
-def make_targets(label_map: Tensor, taxonomy: Taxonomy, organs_include_tumors: bool = False) -> Targets:
+def anomaly_labels(taxonomy: Taxonomy, organs: Iterable[str]) -> dict[int, int]:
+    """Organ label → a label of its synthetic anomalies, beyond all labels that a file can hold."""
+    taken = [c.label for c in taxonomy.classes] + [taxonomy.ignore_label or 0]
+    labels = {o.name: o.label for o in taxonomy.organs}
+    return {labels[name]: max(taken) + 1 + i for i, name in enumerate(organs)}
+
+
+def make_targets(
+    label_map: Tensor,
+    taxonomy: Taxonomy,
+    organs_include_tumors: bool = False,
+    anomalies: Mapping[int, int] | None = None,
+) -> Targets:
     """Expand an integer label map (B, 1, *).
 
     `organs_include_tumors`: the healthy target holds tumors too, as in the authors' code.
+    `anomalies`: as from `anomaly_labels`; like a tumor an anomaly belongs to its organ and is not healthy.
     """
+    anomalies = anomalies or {}
     label_map = label_map.round() if label_map.is_floating_point() else label_map
     healthy = _equals(label_map, [o.label for o in taxonomy.organs])
     tumor = _equals(label_map, [t.label for t in taxonomy.tumors])
@@ -38,8 +53,12 @@ def make_targets(label_map: Tensor, taxonomy: Taxonomy, organs_include_tumors: b
         for position, i in enumerate(organs):
             in_this_host = tumor[:, k] if owner is None else tumor[:, k] & (owner == position)
             support[:, i] |= in_this_host
+    anomaly = _equals(label_map, list(anomalies.values()))
+    organ_labels = [o.label for o in taxonomy.organs]
+    for a, organ in enumerate(anomalies):
+        support[:, organ_labels.index(organ)] |= anomaly[:, a]
     is_valid = None if taxonomy.ignore_label is None else label_map != taxonomy.ignore_label
-    return Targets(support, support if organs_include_tumors else healthy, tumor, is_valid)
+    return Targets(support, support if organs_include_tumors else healthy, tumor, anomaly, is_valid)
 
 
 def _nearest_host(healthy: Tensor, grid: int = 12) -> Tensor:

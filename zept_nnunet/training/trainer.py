@@ -29,9 +29,10 @@ from zept_nnunet.network.heads import to_channels
 from zept_nnunet.network.zept import ZePT, ZePTOutput
 from zept_nnunet.plans_block import DECODER_SETTINGS, build_block, differences, read_block
 from zept_nnunet.taxonomy import Taxonomy, annotated_patterns
+from zept_nnunet.training.anomalies import InsertAnomalies, intensity_scales, with_anomalies
 from zept_nnunet.training.orientation import left_right_axis
 from zept_nnunet.training.sampling import TumorFavoringDataset
-from zept_nnunet.training.targets import Annotations, Targets, make_targets
+from zept_nnunet.training.targets import Annotations, Targets, anomaly_labels, make_targets
 
 _GRADIENT_NORM = 12  # nnU-Net's
 _LEARNING_RATE = 1e-3
@@ -58,6 +59,7 @@ class ZePTTrainer(nnUNetTrainer):
         # all that can be refused is refused before the parent makes the results folder
         block = self._checked_block(plans, configuration, dataset_json)
         self.taxonomy = Taxonomy.from_dict(block["taxonomy"])
+        self.anomaly_labels = anomaly_labels(self.taxonomy, block["anomalies"].values())
         self.annotations = Annotations(self.taxonomy, annotated_patterns(dataset_json))
         seed_everything()
         plans = {**plans, "zept": block}
@@ -80,7 +82,8 @@ class ZePTTrainer(nnUNetTrainer):
                     "plan again: zept plan -d ID"
                 )
             decoder = planned["decoder"] if cls.variant == "zept" else DECODER_SETTINGS[cls.variant]
-            block = {**planned, "decoder": dict(decoder)}
+            anomalies = planned["anomalies"] if cls.variant == "zept" else {}
+            block = {**planned, "decoder": dict(decoder), "anomalies": anomalies}
         if nnUNet_results.is_set():
             folder = join(nnUNet_results, plans["dataset_name"], f"{cls.__name__}__{name}__{configuration}")
             cls._check_model_folder(folder, block)
@@ -196,10 +199,21 @@ class ZePTTrainer(nnUNetTrainer):
         return stage
 
     # ------------------------------------------------------------------------------------------------ data
-    @staticmethod
-    def get_training_transforms(*args: Any, **kwargs: Any) -> Any:
-        """nnU-Net's, but the integer label map stays: regions are made on the device (nnU-Net's issue 2136)."""
-        return nnUNetTrainer.get_training_transforms(*args, **{**kwargs, "regions": None})
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:  # upstream's is static
+        """nnU-Net's, and synthetic anomalies in organs whose tumors nobody labeled.
+
+        The integer label map stays: regions are made on the device (nnU-Net's issue 2136).
+        """
+        transforms = nnUNetTrainer.get_training_transforms(*args, **{**kwargs, "regions": None})
+        if not self.anomaly_labels:
+            return transforms
+        insert = InsertAnomalies(
+            self.anomaly_labels,
+            [t.label for t in self.taxonomy.tumors],
+            self.configuration_manager.spacing[-len(self.configuration_manager.patch_size) :],
+            intensity_scales(self.plans_manager, self.configuration_manager),
+        )
+        return with_anomalies(transforms, insert)
 
     @staticmethod
     def get_validation_transforms(*args: Any, **kwargs: Any) -> Any:
@@ -305,7 +319,7 @@ class ZePTTrainer(nnUNetTrainer):
         return output, maps[0], loss, terms
 
     def _targets(self, label_map: Tensor) -> Targets:
-        return make_targets(label_map, self.taxonomy, organs_include_tumors=self.variant == "paper")
+        return make_targets(label_map, self.taxonomy, self.variant == "paper", self.anomaly_labels)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the loss and each of its terms."""
