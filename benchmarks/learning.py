@@ -3,7 +3,8 @@
     python benchmarks/learning.py --seeds 0 1 2
 
 Each run is one `zept demo` (its own dataset and training per seed) and appends its rows to results/learning.csv; a run
-whose rows are there is skipped. Then the comparison is printed.
+whose rows are there is skipped. Then the comparison is printed. `minutes` is wall-clock as the machine was: compare it
+only between runs that had the machine to themselves (the committed rows shared one core with other work).
 """
 
 from __future__ import annotations

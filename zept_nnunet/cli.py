@@ -10,7 +10,19 @@ from collections.abc import Sequence
 from zept_nnunet import check_nnunet_version
 from zept_nnunet.errors import ZePTError
 
-COMMANDS = ("trainers_path", "doctor", "taxonomy", "plan", "add_tumor", "predict", "demo")
+COMMANDS = (
+    "trainers_path",
+    "doctor",
+    "taxonomy",
+    "plan",
+    "add_tumor",
+    "predict",
+    "demo",
+    "baseline",
+    "phantom",
+    "insert_lesions",
+    "evaluate",
+)
 _RUN_WITH_ANY_NNUNET = ("doctor", "trainers-path")  # doctor reports the version with everything else
 
 

@@ -1,0 +1,280 @@
+"""ZePT and what a practitioner would do instead, on the phantom: one table, mean and spread over seeds.
+
+    python benchmarks/zero_shot.py --size small --seeds 3
+
+Every method gets the same data, plans, split and budget, and is judged by the same evaluation. Seeds are those of the
+training; the phantom is one (its version stands in its dataset.json). A run appends its figures to
+results/zero_shot.csv and is skipped when they are there; a killed run goes on where it stopped. Figures on the
+final-unseen types are left out unless --final asks for them: variants are chosen on the development-unseen type.
+
+With a time budget (--minutes) the same table is made for equal wall-clock instead of equal iterations; then --jobs must
+stay 1, or methods would take the time from each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from zept_nnunet.commands.baseline import RECIPES
+from zept_nnunet.commands.trainers_path import trainers_path
+
+RESULTS = Path(__file__).parent / "results" / "zero_shot.csv"
+PHANTOM, SUPERVISED = 900, 901
+PLANNER, PLANS = "ZePTSmallPlanner", "ZePTSmallPlans"
+METHODS = (*RECIPES, "zept")
+KEY = ["phantom", "size", "configuration", "epochs", "iterations", "minutes", "method", "seed"]
+# case, scope, metric → column of the printed table; pooled: over the voxels of all test cases together
+SHOWN = {
+    ("pooled", "host", "auroc"): "AUROC in host",
+    ("pooled", "volume", "auroc"): "AUROC",
+    ("pooled", "volume", "fpr95"): "FPR95",
+    ("mean", "volume", "dsc"): "DSC",
+}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """nnU-Net's folders of one size, and the runs' outputs."""
+
+    folder: Path
+    args: argparse.Namespace
+
+    def environment(self, seed: int) -> dict[str, str]:
+        """Datasets are shared by the seeds; each has results of its own."""
+        threads = {} if self.args.device != "cpu" else {"OMP_WAIT_POLICY": "PASSIVE"}
+        budget = {"EPOCHS": self.args.epochs, "ITERATIONS": self.args.iterations, "MINUTES": self.args.minutes}
+        return os.environ | threads | {
+            "nnUNet_raw": str(self.folder / "nnUNet_raw"),
+            "nnUNet_preprocessed": str(self.folder / "nnUNet_preprocessed"),
+            "nnUNet_results": str(self.folder / f"nnUNet_results_{self.budget}_seed{seed}"),
+            "nnUNet_extTrainer": str(trainers_path()),
+            "nnUNet_def_n_proc": "1",
+            "ZEPT_SEED": str(seed),
+            **{f"ZEPT_{name}": str(value) for name, value in budget.items() if value is not None},
+        }  # fmt: skip
+
+    @property
+    def budget(self) -> str:
+        """A name for the folders of one budget."""
+        a = self.args
+        return f"{a.configuration}_" + (f"{a.minutes:g}min" if a.minutes else f"{a.epochs}x{a.iterations}")
+
+    def run(self, seed: int, name: str, *command: str | Path, **variables: str) -> None:
+        """Run a command of this Python's environment; its output goes to a log that an error quotes."""
+        program = Path(sys.executable).parent / str(command[0])
+        log = self.folder / "logs" / f"{self.budget}_{name}_seed{seed}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as out:
+            out.write(f"$ {shlex.join(map(str, command))}\n")
+            out.flush()
+            code = subprocess.run(
+                [str(program), *map(str, command[1:])],
+                env=self.environment(seed) | variables,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        if code:
+            tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+            raise SystemExit(f"{tail}\n{command[0]} exited {code}; whole log: {log}")
+
+    # ---------------------------------------------------------------------------------------------- data
+    def prepare(self) -> Path:
+        """Phantom, plans, and a folder with the validation images; returns the raw dataset."""
+        raw = self.folder / "nnUNet_raw"
+        for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        if len(list(raw.glob(f"Dataset{PHANTOM}_*"))) + len(list(raw.glob(f"Dataset{SUPERVISED}_*"))) < 2:
+            self.run(0, "data", "zept", "phantom", "-d", str(PHANTOM), "--supervised-id", str(SUPERVISED), "--size",
+                     self.args.size)  # fmt: skip
+        dataset = next(raw.glob(f"Dataset{PHANTOM}_*"))
+        preprocessed = self.folder / "nnUNet_preprocessed" / dataset.name
+        done = preprocessed / f".planned_{self.args.configuration}"
+        if not done.exists():
+            self.run(0, "data", "zept", "plan", "-d", str(PHANTOM), "-pl", PLANNER, "-c", self.args.configuration,
+                     "-np", "1", "-npfp", "1", "--verify_dataset_integrity")  # fmt: skip
+            done.touch()
+        self._write_split(dataset, preprocessed)
+        return dataset
+
+    def _write_split(self, dataset: Path, preprocessed: Path) -> None:
+        """nnU-Net's own split, made once, so that validation cases are known before the first training."""
+        from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+        cases = sorted(p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTr").glob("*.nii.gz"))
+        path = preprocessed / "splits_final.json"
+        if not path.exists():
+            path.write_text(json.dumps(generate_crossval_split(cases, seed=12345, n_splits=5), indent=1))
+        images = self.folder / "validation_images"
+        images.mkdir(exist_ok=True)
+        for case in json.loads(path.read_text())[0]["val"]:
+            link = images / f"{case}_0000.nii.gz"
+            if not link.exists():
+                link.symlink_to((dataset / "imagesTr" / link.name).resolve())
+
+    # ---------------------------------------------------------------------------------------------- one run
+    def predictions(self, method: str, seed: int, split: str) -> Path:
+        """Where a run's predictions of the "test" or "validation" images stand."""
+        return self.folder / "runs" / self.budget / method / f"seed{seed}" / split
+
+    def train_and_predict(self, method: str, seed: int, dataset: Path) -> None:
+        """Each step is skipped where its result is there."""
+        images = {"test": dataset / "imagesTs", "validation": self.folder / "validation_images"}
+        if method == "zept":
+            self._zept(seed, dataset, images)
+            return
+        flags = ["-device", self.args.device, "-c", self.args.configuration, "-p", PLANS, "-np", "1", "--disable_tta"]
+        flags += ["--supervised-dataset", str(SUPERVISED)] if method == "supervised" else []
+        for split, folder in images.items():
+            out = self.predictions(method, seed, split)
+            self.run(seed, method, "zept", "baseline", method, "-d", str(PHANTOM), "-i", folder, "-o", out, *flags)
+
+    def _zept(self, seed: int, dataset: Path, images: dict[str, Path]) -> None:
+        results = Path(self.environment(seed)["nnUNet_results"]) / dataset.name
+        trainer, configuration = "ZePTTrainerBudget", self.args.configuration
+        trained = results / f"{trainer}__{PLANS}__{configuration}"
+        fold, grown = trained / "fold_0", results / f"{trainer}__{PLANS}_plus__{configuration}"
+        if not (fold / "validation" / "summary.json").is_file():
+            going_on = ["--val"] if (fold / "checkpoint_final.pth").is_file() else []
+            going_on = going_on or (["--c"] if (fold / "checkpoint_latest.pth").is_file() else [])
+            self.run(seed, "zept", "nnUNetv2_train", str(PHANTOM), configuration, "0", "-tr", trainer, "-p", PLANS,
+                     "-device", self.args.device, *going_on)  # fmt: skip
+        if not grown.is_dir():
+            self.run(seed, "zept", "zept", "add-tumor", trained, "--declared")
+        for split, folder in images.items():
+            out = self.predictions("zept", seed, split)
+            self.run(seed, "zept", "zept", "predict", "-m", grown, "-f", "0", "-i", folder, "-o", out, "--save_scores",
+                     "--continue_prediction", "--disable_tta", "-device", self.args.device, "-npp", "1", "-nps",
+                     "1")  # fmt: skip
+
+    def evaluate(self, method: str, seed: int) -> pd.DataFrame:
+        """The aggregate rows of `zept evaluate` for one run."""
+        out = self.folder / "runs" / self.budget / method / f"seed{seed}" / "report"
+        if not (out / "metrics.csv").is_file():
+            self.run(seed, method, "zept", "evaluate", "-d", str(PHANTOM), "-i", self.predictions(method, seed, "test"),
+                     "--calibration", self.predictions(method, seed, "validation"), "-o", out, "--bootstrap", "200",
+                     "--strata", self.strata(), "--disable_progress_bar")  # fmt: skip
+        return pd.read_csv(out / "metrics.csv")
+
+    def strata(self) -> Path:
+        """Contrast-to-noise ratio of each test case's largest lesion of a class, in three bins."""
+        path = self.folder / "strata.csv"
+        dataset = next((self.folder / "nnUNet_raw").glob(f"Dataset{PHANTOM}_*"))
+        record = json.loads((dataset / "dataset.json").read_text())["zept_phantom"]
+        rows = []
+        for case, facts in record["cases"].items():
+            for name in {lesion["class"] for lesion in facts["lesions"]}:
+                largest = max((x for x in facts["lesions"] if x["class"] == name), key=lambda x: x["volume_ml"])
+                ratio = largest["cnr"]
+                stratum = "CNR < 2" if ratio < 2 else "CNR 2-4" if ratio < 4 else "CNR > 4"
+                rows.append({"case": case, "class": name, "stratum": stratum})
+        test = {p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTs").glob("*.nii.gz")}
+        pd.DataFrame([r for r in rows if r["case"] in test]).to_csv(path, index=False)
+        return path
+
+
+def training_minutes(workspace: Workspace, method: str, seed: int) -> float:
+    """Wall-clock of the training, from nnU-Net's own log; 0 where several methods share a model."""
+    import torch
+
+    trainer = "ZePTTrainerBudget" if method == "zept" else RECIPES[method].trainer
+    results = Path(workspace.environment(seed)["nnUNet_results"])
+    kinds = {"any_tumor": "AnyTumor", "organs": "Organs", "declared": "Declared", "supervised": "Supervised"}
+    wanted = "" if method == "zept" else kinds[RECIPES[method].data]
+    for fold in sorted(results.glob(f"*{wanted}/{trainer}__*__{workspace.args.configuration}/fold_0")):
+        if "_plus__" in fold.parts[-2]:
+            continue
+        checkpoint = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+        log = checkpoint["logging"]
+        return float(
+            sum(b - a for a, b in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)) / 60
+        )
+    return float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="small", choices=("tiny", "small", "full"))
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--configuration", default="3d_fullres")
+    parser.add_argument("--epochs", type=int, help="default: 20, unless --minutes is given")
+    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--minutes", type=float, help="train for this wall-clock time instead of --epochs")
+    parser.add_argument("--device", default=None, choices=("cuda", "cpu", "mps"), help="default: cuda if there is one")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--workspace", type=Path, default=Path("zept_zero_shot"))
+    parser.add_argument("--final", action="store_true", help="print the final-unseen types too")
+    args = parser.parse_args()
+    if args.minutes and (args.epochs or args.jobs > 1):
+        parser.error("--minutes goes with neither --epochs nor --jobs")
+    if not args.minutes and args.epochs is None:
+        args.epochs = 20
+    if args.device is None:
+        import torch
+
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    workspace = Workspace((args.workspace / args.size).resolve(), args)
+    dataset = workspace.prepare()
+    phantom = json.loads((dataset / "dataset.json").read_text())["zept_phantom"]
+    settings = {"phantom": phantom["version"], "size": args.size, "configuration": args.configuration}
+    settings |= {"epochs": args.epochs, "iterations": args.iterations, "minutes": args.minutes}
+
+    done = pd.read_csv(RESULTS) if RESULTS.is_file() else pd.DataFrame(columns=KEY)
+    done = done[_matches(done, settings)]
+    runs = [(m, s) for s in range(args.seeds) for m in args.methods]
+    todo = [(m, s) for m, s in runs if not ((done["method"] == m) & (done["seed"] == s)).any()]
+    progress = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run")
+
+    def one(run: tuple[str, int]) -> pd.DataFrame:
+        method, seed = run
+        workspace.train_and_predict(method, seed, dataset)
+        rows = workspace.evaluate(method, seed)
+        rows = rows[rows["case"].isin(("mean", "pooled"))]
+        rows = rows[["case", "class", "seen", "scope", "metric", "value", "unit", "ci_low", "ci_high"]]
+        minutes = training_minutes(workspace, method, seed)
+        return rows.assign(**settings, method=method, seed=seed, training_minutes=round(minutes, 2), device=args.device)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for rows in pool.map(one, todo):
+            RESULTS.parent.mkdir(exist_ok=True)
+            columns = [*KEY, *(c for c in rows.columns if c not in KEY)]
+            rows[columns].to_csv(RESULTS, mode="a", header=not RESULTS.is_file(), index=False, float_format="%.5g")
+            progress.update()
+    progress.close()
+    table = pd.read_csv(RESULTS)
+    table = table[_matches(table, settings) & table["method"].isin(args.methods) & (table["seed"] < args.seeds)]
+    hidden = () if args.final else tuple(phantom["final_unseen"])
+    print_table(table[~table["class"].str.startswith(hidden) if hidden else slice(None)], args.final)
+
+
+def _matches(table: pd.DataFrame, settings: dict[str, object]) -> pd.Series:
+    same = pd.Series(True, index=table.index)
+    for name, value in settings.items():
+        same &= table[name].isna() if value is None else table[name] == value
+    return same
+
+
+def print_table(table: pd.DataFrame, with_groups: bool) -> None:
+    """One row a method and class: mean ± standard deviation over the seeds."""
+    keys = pd.Series([*zip(table["case"], table["scope"], table["metric"], strict=True)], index=table.index)
+    table = table.assign(column=keys.map(SHOWN)).dropna(subset="column")
+    if not with_groups:  # the group of unseen tumors would hold the final types
+        table = table[~table["class"].str.startswith("(unseen")]
+    over_seeds = table.groupby(["class", "method", "column"])["value"]
+    shown = over_seeds.mean().map("{:.3f}".format) + " ± " + over_seeds.std().map("{:.3f}".format)
+    print(shown.unstack("column").fillna("-").to_string())
+
+
+if __name__ == "__main__":
+    main()
