@@ -10,7 +10,15 @@ import pytest
 import SimpleITK as sitk
 
 from zept_nnunet import cli
-from zept_nnunet.datasets.insert_lesions import SUFFIX, insert_lesions, nearest_phase, plan_insertions, target_name
+from zept_nnunet.datasets.insert_lesions import (
+    SUFFIX,
+    Insertion,
+    insert_lesions,
+    nearest_phase,
+    paint_into,
+    plan_insertions,
+    target_name,
+)
 from zept_nnunet.datasets.lesions import LESION_TYPES
 from zept_nnunet.datasets.phantom import SIZES, draw_phantom_case, write_image
 from zept_nnunet.datasets.phantom_parameters import TISSUE_HU
@@ -112,6 +120,18 @@ def test_the_texture_of_the_original_stays(organs: Path, tmp_path: Path) -> None
     assert np.corrcoef(image[inside], original[inside])[0, 1] > 0.2
 
 
+def test_a_hollow_organ_is_compared_by_its_wall_and_gas_does_not_show_through() -> None:
+    distance = np.sqrt(sum(a**2 for a in np.meshgrid(*[np.arange(-30, 31, 2.0)] * 3, indexing="ij")))
+    labels = (distance < 26).astype(np.uint8)
+    image = np.where(distance < 20, -950, np.where(distance < 26, 60, -100)).astype(np.float32)
+    insertion = Insertion("stomach tumor", 2, {"stomach": 1})
+    record = paint_into(image, labels, insertion, (2.0, 2.0, 2.0), "portal", np.random.default_rng(0))
+    assert record is not None
+    inside = image[labels == 2]
+    assert np.median(inside) == pytest.approx(60 + float(str(record["contrast_hu"])), abs=25)
+    assert inside.min() > -600  # half gas at the margin at most
+
+
 def test_phase_is_judged_by_the_host() -> None:
     for phase in ("non-contrast", "portal"):
         span = TISSUE_HU["liver"][phase]
@@ -142,6 +162,7 @@ def test_labels_that_are_there_or_reserved_are_kept() -> None:
         ({}, ["brain tumor"], "Wanted lesion types"),
         ({}, [], "Wanted lesion types"),
         ({"channel_names": {"0": "T1"}}, ["liver tumor"], "must be CT"),
+        ({"zept": {"unseen": {"spleen tumor": {"label": 5}}}}, ["liver tumor"], "leave no gaps.*'spleen tumor'"),
         ({"labels": {**LABELS, "all": [1, 2]}, "regions_class_order": [1, 3, 4, 2, 1]}, ["liver tumor"], "regions"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from scipy import ndimage
 
 from zept_nnunet import cli
 from zept_nnunet.datasets import phantom
@@ -54,6 +55,11 @@ def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
     return {f.relative_to(folder).as_posix(): f.read_bytes() for p in patterns for f in sorted(folder.glob(p))}
 
 
+def away_from(lesion: np.ndarray) -> np.ndarray:
+    """Voxels that hold no part of a lesion: its border takes a part of the neighbours, and may take their majority."""
+    return ~ndimage.binary_dilation(lesion, np.ones((3, 3, 3)))
+
+
 def dataset_json(folder: Path) -> dict:
     return json.loads((folder / "dataset.json").read_text())
 
@@ -83,7 +89,7 @@ def test_lesions_change_nothing_but_their_surroundings() -> None:
     assert (changed.min(axis=0) >= lesion.min(axis=0) - 4).all() and (
         changed.max(axis=0) <= lesion.max(axis=0) + 4
     ).all()
-    elsewhere = ill.labels != LABELS["spleen tumor"]
+    elsewhere = away_from(ill.labels == LABELS["spleen tumor"])
     np.testing.assert_array_equal(ill.labels[elsewhere], healthy.labels[elsewhere])
 
 
@@ -143,7 +149,7 @@ def test_the_supervised_dataset_has_the_same_test_set_and_patients_and_labels_th
         ours, theirs = read(file), read(supervised / "labelsTr" / file.name)
         assert ours.shape == theirs.shape
         found |= {int(v) for v in np.unique(theirs)}
-        same = ~np.isin(theirs, UNSEEN_LABELS)
+        same = away_from(np.isin(theirs, UNSEEN_LABELS))
         np.testing.assert_array_equal(ours[same], theirs[same])
     assert set(UNSEEN_LABELS) <= found
     content = dataset_json(supervised)

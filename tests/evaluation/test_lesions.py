@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import venv
@@ -26,6 +27,9 @@ def test_equal_to_panoptica(row: dict) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "ZEPT_TEST_PANOPTICA" not in os.environ, reason="installs panoptica from PyPI: ZEPT_TEST_PANOPTICA=1"
+)
 def test_what_is_kept_is_what_panoptica_finds(tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"

@@ -23,7 +23,7 @@ from scipy import ndimage  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.lesions import LESION_TYPES, Lesion, draw_lesion, lesion_fields
-from zept_nnunet.datasets.phantom_parameters import PHASES, TISSUE_HU
+from zept_nnunet.datasets.phantom_parameters import PHASES, TISSUE_HU, TISSUE_OF_ORGAN
 from zept_nnunet.datasets.phantom_scanner import average_down
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.names import infer_hosts, normalize_name
@@ -35,6 +35,9 @@ AUTO = "auto"
 FAT_HU = (-150.0, -30.0)  # a lesion may bulge into unlabeled fat, and into nothing else
 LEAST_DEPTH_MM = 4.0  # a host whose deepest voxel lies less deep gets no lesion
 SMOOTH_MM = 3.0  # below this scale the original's texture stays
+TEXTURE_HU = 40.0  # and no stronger than this: gas, stones and contrast do not show through
+SOFT_HU = (0.0, 200.0)  # what the wall of a hollow organ may measure
+_WALL_MM = 7.0  # a lesion of the wall starts within this depth
 _FINE = 2  # sub-voxels per voxel along each axis
 
 
@@ -174,11 +177,11 @@ def paint_into(
         deepest = float(depth.max())
         if deepest < LEAST_DEPTH_MM:
             continue
-        host_hu = float(np.median(image[block][depth > min(SMOOTH_MM, 0.5 * deepest)]))
         kind = LESION_TYPES[insertion.name]
+        host_hu = _host_hu(image[block], depth, kind.at_surface)
         lesion_phase = nearest_phase(name, host_hu) if phase == AUTO else phase
         lesion = draw_lesion(kind, lesion_phase, rng, most_mm=1.3 * deepest)
-        low, high = (0.0, 7.0) if kind.at_surface else (min(0.55 * lesion.radius_mm, 0.7 * deepest), np.inf)
+        low, high = (0.0, _WALL_MM) if kind.at_surface else (min(0.55 * lesion.radius_mm, 0.7 * deepest), np.inf)
         places = np.argwhere((depth > low) & (depth <= high))
         center = places[int(rng.integers(len(places)))] + np.array([part.start for part in block])
         voxels = _blend(image, labels, lesion, insertion.label, value, center, spacing_mm, host_hu)
@@ -189,9 +192,19 @@ def paint_into(
     return None
 
 
+def _host_hu(image: np.ndarray, depth_mm: np.ndarray, hollow: bool) -> float:
+    """Attenuation of the healthy host: its inside, or of a hollow organ the soft tissue near its surface."""
+    deepest = float(depth_mm.max())
+    inside = depth_mm > min(SMOOTH_MM, 0.5 * deepest)
+    if hollow:
+        wall = (depth_mm > 0) & (depth_mm <= _WALL_MM) & (image > SOFT_HU[0]) & (image < SOFT_HU[1])
+        inside = wall if wall.any() else inside
+    return float(np.median(image[inside]))
+
+
 def nearest_phase(host: str, host_hu: float) -> str:
     """The contrast phase in which a healthy organ's range lies nearest to an attenuation; portal for other organs."""
-    tissue = next((t for t in TISSUE_HU if infer_hosts(f"{t} tumor", [host])), None)
+    tissue = next((t for t in TISSUE_OF_ORGAN.values() if infer_hosts(f"{t} tumor", [host])), None)
     if tissue is None:
         return "portal"
     middle = {p: 0.5 * (r.low + r.high) for p, r in TISSUE_HU[tissue].items()}
@@ -230,7 +243,8 @@ def _blend(
     contrast = np.where(in_host | bulge, contrast, 0)
     for region in (in_host, bulge):
         smooth = _smooth_inside(values, region, spacing_mm)
-        values[region] += (weight * (host_hu - smooth) + contrast)[region]
+        texture = np.clip(values - smooth, -TEXTURE_HU, TEXTURE_HU)
+        values[region] = (values + weight * (host_hu + texture - values) + contrast)[region]
     inside = weight > 0.5
     present[inside] = label
     return int(inside.sum())
@@ -238,7 +252,7 @@ def _blend(
 
 def _smooth_inside(values: np.ndarray, region: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     """Gaussian mean over the voxels of a region alone."""
-    sigma = [SMOOTH_MM / s for s in spacing_mm]
+    sigma = [max(SMOOTH_MM / s, 1.0) for s in spacing_mm]  # voxel noise is texture too
     share = ndimage.gaussian_filter(region.astype(np.float32), sigma)
     return ndimage.gaussian_filter(np.where(region, values, 0).astype(np.float32), sigma) / np.maximum(share, 1e-3)
 
