@@ -108,13 +108,13 @@ class Workspace:
         return dataset
 
     def _write_split(self, dataset: Path, preprocessed: Path) -> None:
-        """nnU-Net's own split, made once, so that validation cases are known before the first training."""
-        from nnunetv2.utilities.crossval_split import generate_crossval_split
-
+        """Every fifth case validates, made once: known before the first training, and fold 0 holds a healthy scan."""
         cases = sorted(p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTr").glob("*.nii.gz"))
         path = preprocessed / "splits_final.json"
         if not path.exists():
-            path.write_text(json.dumps(generate_crossval_split(cases, seed=12345, n_splits=5), indent=1))
+            folds = [cases[f::5] for f in range(5)]
+            split = [{"train": [c for c in cases if c not in val], "val": val} for val in folds]
+            path.write_text(json.dumps(split, indent=1))
         images = self.folder / "validation_images"
         images.mkdir(exist_ok=True)
         for case in json.loads(path.read_text())[0]["val"]:
