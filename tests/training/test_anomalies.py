@@ -21,6 +21,7 @@ from zept_nnunet.training.anomalies import (
     RANGES,
     InsertAnomalies,
     IntensityScale,
+    _neighborhood_share,
     intensity_scales,
     with_anomalies,
 )
@@ -239,3 +240,12 @@ def test_bad_set_up_is_refused() -> None:
         transform(probability=1.5)
     with pytest.raises(ZePTError, match="channels"):
         transform(scales=(CT, CT))(**sample())
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6), (1, 1, 1), (4, 3, 7), (2, 9)])
+def test_share_of_neighbors_in_a_crop_thinner_than_the_neighborhood(shape: tuple[int, ...]) -> None:
+    mask = torch.from_numpy(np.random.default_rng(0).random(shape) < 0.5)
+    share = _neighborhood_share(mask)
+    for voxel in np.ndindex(*shape):
+        window = tuple(slice(max(v - 1, 0), v + 2) for v in voxel)
+        assert share[voxel].item() == pytest.approx(mask[window].float().mean().item())

@@ -392,7 +392,9 @@ def _plane_waves(axes: Sequence[Tensor], frequencies: np.ndarray, rng: np.random
 def _neighborhood_share(is_organ: Tensor) -> Tensor:
     """Share of organ among each voxel's 3 × 3 (× 3) neighbors in the crop."""
     pool = F.avg_pool3d if is_organ.ndim == 3 else F.avg_pool2d
-    return pool(is_organ.float()[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]
+    around = (1, 1) * is_organ.ndim  # padded by hand: pooling refuses a crop of fewer than 3 voxels, padding or not
+    organ, inside = (F.pad(m.float()[None, None], around) for m in (is_organ, torch.ones_like(is_organ)))
+    return (pool(organ, 3, stride=1) / pool(inside, 3, stride=1))[0, 0]
 
 
 def _bounding_box(mask: Tensor) -> tuple[slice, ...]:
