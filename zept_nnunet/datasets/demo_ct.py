@@ -13,10 +13,7 @@ The default has thick slices, as many abdominal CTs do: nnU-Net then plans an an
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +22,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage  # type: ignore[import-untyped]
 
+from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
 from zept_nnunet.errors import ZePTError
 
 DATASET_NAME = "ZePTDemo"
@@ -189,20 +187,10 @@ def write_demo_dataset(
     if target.exists() and not overwrite:
         raise ZePTError(f"{target} exists already. Remove it, or choose another ID or folder, or allow overwriting.")
 
-    raw.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".zept_demo_", dir=raw))
-    try:
+    with new_dataset(target) as scratch:
         _write_cases(scratch, "Tr", cases_train, size, seed, ignore_every_second=labels == "ignore")
         _write_cases(scratch, "Ts", cases_test, size, seed, ignore_every_second=False)
-        description = demo_dataset_json(cases_train, labels)
-        (scratch / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        write_dataset_json(scratch, demo_dataset_json(cases_train, labels))
     return target
 
 

@@ -19,8 +19,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from filelock import FileLock
 from scipy import ndimage  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy, annotated_for, annotated_patterns, declared_unseen
@@ -230,16 +229,10 @@ def derive_dataset(source: Source, kind: str, raw: Path) -> Path:
                     )
                 return folder
         target = raw / f"Dataset{_free_id():03d}_{source.name.partition('_')[2]}{KINDS[kind]}"
-        scratch = Path(tempfile.mkdtemp(prefix=".zept_derived_", dir=raw))
-        try:
+        with new_dataset(target) as scratch:
             mapping = _write_labels(source, kind, cases, scratch, target)
             description = _dataset_json(source, kind, labels, digest) | {"numTraining": len(cases), "dataset": mapping}
-            (scratch / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-            scratch.chmod(0o755)
-            scratch.rename(target)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+            write_dataset_json(scratch, description)
     return target
 
 

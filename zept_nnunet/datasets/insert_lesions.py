@@ -11,7 +11,6 @@ import copy
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from zept_nnunet.datasets.lesions import LESION_TYPES, Lesion, draw_lesion, lesion_fields
 from zept_nnunet.datasets.phantom_parameters import PHASES, TISSUE_HU, TISSUE_OF_ORGAN
 from zept_nnunet.datasets.phantom_scanner import average_down
+from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.names import infer_hosts, normalize_name
 from zept_nnunet.taxonomy import Taxonomy, declared_unseen
@@ -93,9 +93,7 @@ def insert_lesions(
     content = _new_dataset_json(dataset_json, insertions, test_only, str(source / "dataset.json"))
     cases = _find_cases(source, dataset_json, test_only)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".zept_lesions_", dir=target.parent))
-    try:
+    with new_dataset(target) as scratch:
         records = _write_cases(
             scratch, cases, insertions, dataset_json["file_ending"], seed, per_case, phase, test_only
         )
@@ -107,14 +105,7 @@ def insert_lesions(
                 f"{2 * LEAST_DEPTH_MM:g} mm. Leave that type out, or use a dataset that shows the organ."
             )
         content[KEY] = {"source": source.name, "seed": seed, "cases": records}
-        (scratch / "dataset.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        write_dataset_json(scratch, content)
     return target
 
 

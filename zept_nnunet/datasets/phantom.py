@@ -10,10 +10,7 @@ references only (`zept.unseen` in dataset.json): one to choose variants on, the 
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +36,7 @@ from zept_nnunet.datasets.phantom_lookalikes import draw_lookalikes
 from zept_nnunet.datasets.phantom_organs import draw_organs
 from zept_nnunet.datasets.phantom_parameters import ORGANS, PHASES
 from zept_nnunet.datasets.phantom_scanner import Factors, average_down, draw_protocol, majority_label, scan
+from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
 from zept_nnunet.datasets.shapes import Range, Triple
 from zept_nnunet.errors import ZePTError
 
@@ -280,19 +278,10 @@ def write_phantom_dataset(
         raise ZePTError("supervised labels the unseen types and unlabeled_unseen hides them: choose one of the two.")
     raw = Path(raw)
     target = check_target(raw, dataset_id, size, seed, supervised=supervised, overwrite=overwrite)
-    raw.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".zept_phantom_", dir=raw))
-    try:
+    with new_dataset(target) as scratch:
         records = _write_cases(scratch, SIZES[size], seed, supervised=supervised, unlabeled_unseen=unlabeled_unseen)
         content = phantom_dataset_json(size, seed, records, supervised=supervised, unlabeled_unseen=unlabeled_unseen)
-        (scratch / "dataset.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        write_dataset_json(scratch, content)
     return target
 
 
