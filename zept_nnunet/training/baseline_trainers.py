@@ -22,15 +22,16 @@ from zept_nnunet.network.backbone import check_wrappable
 from zept_nnunet.taxonomy import Taxonomy
 from zept_nnunet.training.anomalies import InsertAnomalies, intensity_scales, with_anomalies
 from zept_nnunet.training.budget import Budgeted
+from zept_nnunet.training.orientation import KeepsSides
 from zept_nnunet.training.sampling import TumorFavoringDataset
-from zept_nnunet.training.trainer import _BETAS, _LEARNING_RATE, _WEIGHT_DECAY, ZePTTrainer, seed_everything
+from zept_nnunet.training.trainer import _BETAS, _LEARNING_RATE, _WEIGHT_DECAY, seed_everything
 
 _CUDA = torch.device("cuda")  # nnU-Net's default
 _NOISE_HU, _NOISE = 10.0, 0.1  # floors of an organ's spread: CT, and normalized units elsewhere
 _THICK = 2.0  # an axis whose voxels are more than so many times the smallest is not pooled
 
 
-class _Comparable(nnUNetTrainer):
+class _Comparable(KeepsSides):
     """nnU-Net's trainer with ZePTTrainer's seed, optimizer, sampling and mirroring."""
 
     def __init__(
@@ -63,19 +64,6 @@ class _Comparable(nnUNetTrainer):
         training, validation = super().get_tr_and_val_datasets()
         labels = frozenset(t.label for t in self.taxonomy.tumors)
         return (TumorFavoringDataset(training, labels) if labels else training), validation
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, bool, Any, tuple[int, ...]]:
-        """nnU-Net's, without the mirroring that would swap left and right structures, as in ZePTTrainer."""
-        rotation, dummy_2d, patch_size, mirror_axes = (
-            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        if self.taxonomy.is_lateral:
-            swapped = self._left_right_axes()
-            mirror_axes = tuple(a for a in mirror_axes if a not in swapped)
-            self.inference_allowed_mirroring_axes = mirror_axes or None
-        return rotation, dummy_2d, patch_size, mirror_axes
-
-    _left_right_axes = ZePTTrainer._left_right_axes
 
 
 class nnUNetTrainerBaseline(Budgeted, _Comparable):

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json, load_pickle
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -30,7 +30,7 @@ from zept_nnunet.network.zept import ZePT, ZePTOutput
 from zept_nnunet.plans_block import DECODER_SETTINGS, build_block, differences, read_block
 from zept_nnunet.taxonomy import Taxonomy, annotated_patterns
 from zept_nnunet.training.anomalies import InsertAnomalies, intensity_scales, with_anomalies
-from zept_nnunet.training.orientation import left_right_axis
+from zept_nnunet.training.orientation import KeepsSides
 from zept_nnunet.training.sampling import TumorFavoringDataset
 from zept_nnunet.training.targets import Annotations, Targets, anomaly_labels, make_targets
 
@@ -40,7 +40,7 @@ _WEIGHT_DECAY = 1e-2
 _BETAS = (0.9, 0.99)
 
 
-class ZePTTrainer(nnUNetTrainer):
+class ZePTTrainer(KeepsSides):
     """Stage I for the first half of the epochs, stage II for the second."""
 
     variant = "zept"
@@ -227,30 +227,6 @@ class ZePTTrainer(nnUNetTrainer):
         if labels and self.fixed_stage != 1:
             training = TumorFavoringDataset(training, labels)
         return training, validation
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, bool, Any, tuple[int, ...]]:
-        """nnU-Net's, without the mirroring that would swap left and right structures."""
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
-            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        if self.taxonomy.is_lateral:
-            swapped = self._left_right_axes()
-            mirror_axes = tuple(a for a in mirror_axes if a not in swapped)
-            self.inference_allowed_mirroring_axes = mirror_axes or None
-            self.print_to_log_file(f"left and right are told apart: mirroring only along axes {mirror_axes}")
-        return rotation, dummy_2d, initial_patch_size, mirror_axes
-
-    def _left_right_axes(self) -> set[int]:
-        """The patch's axes along which left and right lie, over all cases; all axes where a file does not say."""
-        dimensions = len(self.configuration_manager.patch_size)
-        axes: set[int] = set()
-        for case in self.dataset_class.get_identifiers(self.preprocessed_dataset_folder):
-            properties = load_pickle(join(self.preprocessed_dataset_folder, case + ".pkl"))
-            axis = left_right_axis(properties, self.plans_manager.transpose_forward)
-            if axis is None:
-                return set(range(dimensions))
-            axes.add(axis - (3 - dimensions))  # 2D drops the first axis
-        return axes
 
     # ------------------------------------------------------------------------------------------------ logging
     def _register_loss_terms(self) -> None:
