@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := zept_demo
+# Test files run side by side, one thread each. make test WORKERS=0 runs them in this process, one after the other.
+WORKERS ?= 2
 
 .PHONY: demo test lint install clean
 
@@ -11,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/zept demo -o $(DEMO) --overwrite
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

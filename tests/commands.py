@@ -49,7 +49,7 @@ class Workspace:
             "nnUNet_def_n_proc": "1",
             "nnUNet_npp": "1",
             "nnUNet_nps": "1",
-            "OMP_NUM_THREADS": "2",
+            "OMP_NUM_THREADS": "1",
             **self.extra,
         }
 
