@@ -16,7 +16,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from zept_nnunet.training.trainer import ZePTTrainer, seed_everything
 
 DEFAULT_DEVICE = torch.device("cuda")  # as in the parent
-NUM_EPOCHS = 16
+NUM_EPOCHS = 12
 NUM_ITERATIONS = 50
 NUM_VALIDATION_ITERATIONS = 4
 
