@@ -72,7 +72,7 @@ class Size:
 _WIDTH = Range(356, 396, "mm", "fits the patient")
 SIZES: Mapping[str, Size] = {
     "tiny": Size((16, 40, 48), Range(10.5, 11.5, "mm", "chosen"), _WIDTH, (3, 2, 2), 6, 8, 1.6),
-    "small": Size((24, 48, 64), Range(7.0, 8.0, "mm", "chosen"), _WIDTH, (3, 2, 2), 24, 64, 2.0),
+    "small": Size((24, 48, 64), Range(7.0, 8.0, "mm", "chosen"), _WIDTH, (3, 2, 2), 60, 128, 2.0),
     "full": Size((64, 160, 208), Range(2.6, 3.0, "mm", "routine abdomen"), _WIDTH, (2, 2, 2), 40, 64, 2.0),
 }
 
