@@ -11,7 +11,7 @@ from pathlib import Path
 import zept_nnunet.trainers
 
 TEST_TRAINERS = Path(__file__).parent / "trainers"
-TIMEOUT_S = 900
+TIMEOUT_S = 1800
 
 
 @dataclass
