@@ -58,7 +58,7 @@ class ZePTPlanner(ExperimentPlanner):
             patch_size, input_channels, 1, arch_class_name, arch_kwargs, arch_kwargs_req_import
         )
         return int(u_net) + query_feature_map_size(
-            patch_size, arch_kwargs["strides"], Taxonomy.from_dict(self.block["taxonomy"]), self.block["decoder"]
+            patch_size, arch_kwargs["strides"], Taxonomy.from_dict(self.block["taxonomy"]), self.block
         )
 
     def save_plans(self, plans: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ class ZePTPlanner(ExperimentPlanner):
 
 
 def query_feature_map_size(
-    patch_size: tuple[int, ...], strides: list[Any], taxonomy: Taxonomy, decoder: dict[str, Any]
+    patch_size: tuple[int, ...], strides: list[Any], taxonomy: Taxonomy, block: dict[str, Any]
 ) -> int:
     """Elements of the query path's feature maps for one sample, in the unit of `compute_conv_feature_map_size`.
 
@@ -76,12 +76,15 @@ def query_feature_map_size(
         patch_size: voxels per axis.
         strides: of the encoder's stages, each an int or one per axis.
         taxonomy: gives Q organ and U tumor queries.
-        decoder: the block's decoder settings.
+        block: the plans' `zept` block; its decoder settings, and the organs that have a query for abnormal tissue.
     """
+    decoder = block["decoder"]
     num_organs, num_tumors = len(taxonomy.organs), len(taxonomy.tumors)
     voxels = decoder_voxels(patch_size, strides)
-    # support and healthy map per organ, one map per tumor, at every scale
-    maps = (2 * num_organs + num_tumors) * sum(voxels)
+    # support and healthy map per organ, one map per tumor and per query for abnormal tissue, at every scale
+    maps = (2 * num_organs + num_tumors + len(block["anomalies"])) * sum(voxels)
+    if decoder.get("relative"):
+        maps += num_organs * voxels[-1]  # the deviation from the organ, at the finest scale
 
     grouped = voxels[: max(1, min(decoder["grouping_scales"], len(voxels) - 1))]
     layers = [0] * len(grouped)

@@ -1,4 +1,4 @@
-"""A preset for small experiments on a CPU: a third of the channels, everything else as ZePTPlanner plans it."""
+"""A preset for small experiments on a CPU: few channels, small patches, everything else as ZePTPlanner plans it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from zept_nnunet.plans.zept_planner import ZePTPlanner
 
 
 class ZePTSmallPlanner(ZePTPlanner):
-    """Plans `ZePTSmallPlans.json`: 12 channels at the finest scale where nnU-Net has 32, about a sixth of its work.
+    """Plans `ZePTSmallPlans.json`: 12 channels at the finest scale (nnU-Net: 32), patches of some 30,000 voxels.
 
+    On the phantom of size `small` an iteration then takes a fifth of what it takes on whole volumes, and a training of
+    equal length in time sees more patches around small organs and lesions.
     For comparisons that must run many trainings (benchmarks/), not for accuracy.
     """
 
     def __init__(
         self,
         dataset_name_or_id: str | int,
-        gpu_memory_target_in_gb: float = 8,
+        gpu_memory_target_in_gb: float = 0.1,
         preprocessor_name: str = "DefaultPreprocessor",
         plans_name: str = "ZePTSmallPlans",
         overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,

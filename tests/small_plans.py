@@ -60,6 +60,9 @@ def make_plans(dimensions: int = 3, network_class: str = "PlainConvUNet") -> dic
         "transpose_backward": [0, 1, 2],
         "image_reader_writer": "SimpleITKIO",
         "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {
+            "0": {"mean": 90.0, "std": 50.0, "percentile_00_5": -60.0, "percentile_99_5": 240.0}
+        },
         "configurations": {"3d_fullres" if dimensions == 3 else "2d": configuration},
     }
 

@@ -29,6 +29,7 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
         "background_queries": 4,
         "score": "calibrated",
         "prompt_probability": 0.2,
+        "relative": True,  # compare each voxel with its own organ
     },
     # as the authors compute it: learned queries, one min-max normalized score for all tumors
     "paper": {**_SHARED, "queries": "learned", "background_queries": 0, "score": "minmax", "prompt_probability": 0.5},

@@ -112,6 +112,30 @@ def test_anomalies_have_maps_in_training_and_change_no_other(dimensions: int, im
     assert not network(image).anomaly
 
 
+def test_deviation_from_the_own_organ_changes_tumor_maps_alone(dimensions: int, image: torch.Tensor) -> None:
+    block = build_block(deepcopy(DATASET_JSON))
+    plain = {**block, "decoder": {**block["decoder"], "relative": False}}
+    network, without = (make_network(dimensions, block=b).eval() for b in (block, plain))
+    mine = {n: v for n, v in network.state_dict().items() if not n.startswith(("relative.", "deviation_weight"))}
+    fingerprint = [n for n in mine if n not in dict(network.named_parameters())]
+    without.load_state_dict({**mine, **{n: without.state_dict()[n] for n in fingerprint}})
+    with torch.no_grad():
+        a, b = network(image), without(image)
+    assert b.deviation is None and a.deviation is not None
+    # log-odds of a conjunction: never above the support
+    assert a.deviation.shape == a.support[0].shape and (a.deviation <= a.support[0] + 1e-5).all()
+    for mine_map, other in zip(
+        (*a.support, *a.healthy, *a.tumor[1:]), (*b.support, *b.healthy, *b.tumor[1:]), strict=True
+    ):
+        assert torch.allclose(mine_map, other, atol=1e-5)
+    assert not torch.allclose(a.tumor[0], b.tumor[0], atol=1e-3)
+    network.decoder.deep_supervision = False
+    with torch.no_grad():
+        assert torch.allclose(network.forward_scores(image)["anomaly"], a.deviation.clamp(-1000, 1000), atol=1e-4)
+    network.decoder.deep_supervision, network.stage = True, 1
+    assert network(image).deviation is None
+
+
 def test_other_knowledge_is_refused_on_load(dimensions: int) -> None:
     network = make_network(dimensions)
     other = deepcopy(DATASET_JSON) | {"zept": {"knowledge": {"liver": "another text"}}}

@@ -61,10 +61,14 @@ def test_decoder_voxels_by_hand() -> None:
 def test_feature_map_size_by_hand() -> None:
     taxonomy = Taxonomy.from_dataset_json(DATASET_JSON)  # 3 organs, 2 tumors
     decoder = {"width": 10, "grouping_scales": 2, "advanced_layers": 3, "background_queries": 4}
+    block = {"decoder": decoder, "anomalies": {}}
     # scales of 4, 16 and 64 voxels: 8 maps each; tokens at the first two, which get two and one advanced layers
     kept = 4 * ((2 + 4 + 4) * 10 + 3 * 7) + 16 * ((2 + 4 + 2) * 10 + 3 * 7)
     expected = 2 * 8 * (4 + 16 + 64) + kept / 2.5
-    assert query_feature_map_size((8, 8), [1, 2, 2, 2], taxonomy, decoder) == int(expected)
+    assert query_feature_map_size((8, 8), [1, 2, 2, 2], taxonomy, block) == int(expected)
+    block = {"decoder": {**decoder, "relative": True}, "anomalies": {"abnormal spleen": "spleen"}}
+    expected += 2 * (4 + 16 + 64 + 3 * 64)
+    assert query_feature_map_size((8, 8), [1, 2, 2, 2], taxonomy, block) == int(expected)
 
 
 @pytest.mark.parametrize(("num_organs", "num_tumors"), [(4, 2), (20, 8)])
@@ -100,7 +104,7 @@ def test_estimate_is_near_what_autograd_keeps(num_organs: int, num_tumors: int) 
         annotated = torch.ones(1, num_organs + num_tumors, dtype=torch.bool)
         _ = loss(output, [make_targets(m, taxonomy) for m in maps], annotated)
     measured = kept.bytes / bytes_per_element
-    estimate = counted + query_feature_map_size(patch, kwargs["strides"], taxonomy, block["decoder"])
+    estimate = counted + query_feature_map_size(patch, kwargs["strides"], taxonomy, block)
     assert 0.85 < estimate / measured < 1.25
 
 

@@ -63,4 +63,4 @@ class ZePTTrainerStops(_Short, ZePTTrainer):
 class ZePTTrainerRealCT(_Short, ZePTTrainer):
     """A few short epochs."""
 
-    epochs, iterations = 8, 22
+    epochs, iterations = 10, 25

@@ -20,11 +20,10 @@ from zept_nnunet.training.anomalies import (
     HYPODENSE_SHARE,
     RANGES,
     InsertAnomalies,
-    IntensityScale,
     _neighborhood_share,
-    intensity_scales,
     with_anomalies,
 )
+from zept_nnunet.training.intensity import IntensityScale, intensity_scales, noise_floors
 
 HOSTS = {1: 101, 2: 102}  # host → value of its anomalies
 TUMOR, OTHER = 3, 4
@@ -207,6 +206,7 @@ def test_scales_come_from_the_plans() -> None:
     plans = SimpleNamespace(foreground_intensity_properties_per_channel={"0": seen, "1": seen})
     configuration = SimpleNamespace(normalization_schemes=["CTNormalization", "ZScoreNormalization"])
     assert intensity_scales(plans, configuration) == (IntensityScale(40.0, -5.0, 3.0), None)
+    assert noise_floors(plans, configuration, 3) == (10 / 40.0, 0.1, 0.1)  # CT, another channel, a cascade's
 
 
 @pytest.mark.parametrize("dummy_2d", [False, True])

@@ -76,8 +76,9 @@ def test_the_optimizer_is_zepts_or_nnunets(name: str) -> None:
     assert type(optimizer) is type(reference)
     wanted = {id(p): g["weight_decay"] for g in reference.param_groups for p in g["params"]}
     assert {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]} == wanted
-    for key in ("lr", "betas", "eps"):
+    for key in ("betas", "eps"):
         assert optimizer.defaults[key] == reference.defaults[key]
+    assert optimizer.defaults["lr"] == 4e-3  # what serves this loss best
 
 
 def test_a_derived_dataset_names_hosts_and_the_label(monkeypatch: pytest.MonkeyPatch) -> None:

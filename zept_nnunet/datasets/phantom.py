@@ -34,7 +34,7 @@ from zept_nnunet.datasets.lesions import (
 from zept_nnunet.datasets.phantom_body import Body, Tissue, draw_body, place_body
 from zept_nnunet.datasets.phantom_lookalikes import draw_lookalikes
 from zept_nnunet.datasets.phantom_organs import draw_organs
-from zept_nnunet.datasets.phantom_parameters import ORGANS, PHASES
+from zept_nnunet.datasets.phantom_parameters import NOISE_HU, NOISE_OF_LARGE_VOXELS_HU, ORGANS, PHASES
 from zept_nnunet.datasets.phantom_scanner import Factors, average_down, draw_protocol, majority_label, scan
 from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
 from zept_nnunet.datasets.shapes import Range, Triple
@@ -57,6 +57,7 @@ class Size:
         slice_mm: spacing along Z.
         width_mm: field of view along X; the spacing along Y is that along X.
         factors: fine voxels per voxel along Z, Y, X.
+        noise_hu: standard deviation in the middle of the body, in the voxels as written.
         least_radius_voxels: no lesion's radius is smaller, in voxels of mean size (as far as its range allows).
     """
 
@@ -64,6 +65,7 @@ class Size:
     slice_mm: Range
     width_mm: Range
     factors: Factors
+    noise_hu: Range
     cases_train: int
     cases_test: int
     least_radius_voxels: float
@@ -71,9 +73,13 @@ class Size:
 
 _WIDTH = Range(356, 396, "mm", "fits the patient")
 SIZES: Mapping[str, Size] = {
-    "tiny": Size((16, 40, 48), Range(10.5, 11.5, "mm", "chosen"), _WIDTH, (3, 2, 2), 6, 8, 1.6),
-    "small": Size((24, 48, 64), Range(7.0, 8.0, "mm", "chosen"), _WIDTH, (3, 2, 2), 60, 128, 2.0),
-    "full": Size((64, 160, 208), Range(2.6, 3.0, "mm", "routine abdomen"), _WIDTH, (2, 2, 2), 40, 64, 2.0),
+    "tiny": Size(
+        (16, 40, 48), Range(10.5, 11.5, "mm", "chosen"), _WIDTH, (3, 2, 2), NOISE_OF_LARGE_VOXELS_HU, 6, 8, 1.6
+    ),
+    "small": Size(
+        (24, 48, 64), Range(7.0, 8.0, "mm", "chosen"), _WIDTH, (3, 2, 2), NOISE_OF_LARGE_VOXELS_HU, 60, 128, 2.0
+    ),
+    "full": Size((64, 160, 208), Range(2.6, 3.0, "mm", "routine abdomen"), _WIDTH, (2, 2, 2), NOISE_HU, 40, 64, 2.0),
 }
 
 
@@ -140,7 +146,7 @@ def draw_phantom_case(
     phase = drawn_phase if phase is None else phase
     in_plane = size.width_mm.draw(rng) / size.shape[2]
     spacing = (round(size.slice_mm.draw(rng), 2), round(in_plane, 3), round(in_plane, 3))
-    protocol = draw_protocol(size.shape, spacing, size.factors, rng)
+    protocol = draw_protocol(size.shape, spacing, size.factors, size.noise_hu, rng)
 
     patient = streams["patient"]
     body = draw_body(place_body(protocol.fine_axes_mm(), patient), phase, patient)

@@ -147,11 +147,16 @@ ORGAN_SHAPES: Mapping[str, OrganShape] = {
 }  # fmt: skip
 
 
+NOISE_HU = Range(8, 15, "HU", "chosen; measured in patients by Christianson et al., AJR 2015;205:W93")
+"""Standard deviation in the middle of the body, in voxels of a routine protocol."""
+
+NOISE_OF_LARGE_VOXELS_HU = Range(4, 7.5, "HU", "chosen: a voxel of 6 mm averages over many of a routine protocol")
+
+
 @dataclass(frozen=True)
 class Scanner:
     """Acquisition: all drawn per case."""
 
-    noise_hu: Range  # standard deviation in the middle of the body, in the voxels as written
     noise_scale_voxels: Range  # correlation length
     calibration_hu: Range  # shift of all soft tissue
     streak_hu: Range  # amplitude of streaks, where there are any
@@ -161,7 +166,6 @@ class Scanner:
 
 
 SCANNER = Scanner(
-    noise_hu=Range(8, 15, "HU", "chosen; measured in patients by Christianson et al., AJR 2015;205:W93"),
     noise_scale_voxels=Range(0.5, 0.9, "voxels", _CHOSEN),
     calibration_hu=Range(-5, 5, "HU", "Birnbaum et al., Radiology 2007;242:109 (variability between scanners)"),
     streak_hu=Range(10, 25, "HU", _CHOSEN),

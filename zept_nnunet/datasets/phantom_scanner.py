@@ -9,7 +9,7 @@ import numpy as np
 from scipy import ndimage  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.phantom_parameters import SCANNER
-from zept_nnunet.datasets.shapes import Triple
+from zept_nnunet.datasets.shapes import Range, Triple
 
 AIR_HU, MOST_HU = -1024, 3071
 Factors = tuple[int, int, int]
@@ -42,7 +42,7 @@ class Protocol:
 
 
 def draw_protocol(
-    shape: tuple[int, int, int], spacing_mm: Triple, factors: Factors, rng: np.random.Generator
+    shape: tuple[int, int, int], spacing_mm: Triple, factors: Factors, noise_hu: Range, rng: np.random.Generator
 ) -> Protocol:
     """Draw the acquisition of one case."""
     streaks, motion = rng.uniform(size=2)
@@ -50,7 +50,7 @@ def draw_protocol(
         shape,
         spacing_mm,
         factors,
-        SCANNER.noise_hu.draw(rng),
+        noise_hu.draw(rng),
         SCANNER.noise_scale_voxels.draw(rng),
         SCANNER.calibration_hu.draw(rng),
         SCANNER.streak_hu.draw(rng) * float(streaks < SCANNER.streak_probability),

@@ -10,7 +10,7 @@ from zept_nnunet.losses.segmentation import AnnotatedDiceBCE
 from zept_nnunet.network.zept import ZePT, ZePTOutput
 from zept_nnunet.training.targets import Targets
 
-TERMS = ("organ_support", "organ_healthy", "tumor", "anomaly", "query_to_knowledge", "query_to_query")
+TERMS = ("organ_support", "organ_healthy", "tumor", "anomaly", "deviation", "query_to_knowledge", "query_to_query")
 """The terms of the loss, each logged by its name."""
 
 
@@ -25,7 +25,7 @@ class ZePTLoss(nn.Module):
         self.weights = dict.fromkeys(TERMS, 1.0) | (weights or {})
         self.is_calibrated = network.is_calibrated
         self.positives = query_positives(network.hosts, network.num_organs)
-        self.num_organs = network.num_organs
+        self.num_organs, self.hosts, self.anomaly_hosts = network.num_organs, network.hosts, network.anomaly_hosts
         self.register_buffer(
             "knowledge", torch.cat((network.knowledge_organs, network.knowledge_tumors)), persistent=False
         )
@@ -51,11 +51,29 @@ class ZePTLoss(nn.Module):
                 pairs["anomaly"] = (output.anomaly[s], target.anomaly, everywhere)
             for term, (logits, wanted, annotated) in pairs.items():
                 terms[term] = terms[term] + share * self.segmentation(logits, wanted, annotated, target.is_valid)
+        if output.deviation is not None:
+            target = targets[0]
+            abnormal, labeled = target.support & ~target.healthy, self._labels_tumors(tumors)
+            terms["deviation"] = self.segmentation(output.deviation, abnormal, labeled, target.is_valid)
         terms["query_to_knowledge"], terms["query_to_query"] = self._alignment(output)
         total = output.anchor
         for term, value in terms.items():
             total = total + self.weights[term] * value
         return total, {term: value.detach() for term, value in terms.items()}
+
+    def _labels_tumors(self, tumors: Tensor) -> Tensor:
+        """Organs whose abnormal voxels a case labels, bool (B, Q): it holds synthetic ones, or its tumors are labeled.
+
+        tumors bool (B, U): annotated.
+        """
+        labels = torch.zeros(tumors.shape[0], self.num_organs, dtype=torch.bool)
+        for (organ,) in self.anomaly_hosts:
+            labels[:, organ] = True
+        for organ in range(self.num_organs):
+            its = [k for k, hosts in enumerate(self.hosts) if organ in hosts or not hosts]
+            if its:
+                labels[:, organ] = tumors.cpu()[:, its].all(1)
+        return labels
 
     def _alignment(self, output: ZePTOutput) -> tuple[Tensor, Tensor]:
         embedding, knowledge = output.organ_embedding, self.knowledge

@@ -7,15 +7,14 @@ voxel belongs to the organ that would win there if there were no tumors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zept_nnunet.network.logits import LOGIT_LIMIT
-from zept_nnunet.network.relative import RelativeFeatures, RelativeHead
-
-_PROJECTED = 4  # channels of the projection of the finest features
+from zept_nnunet.network.relative import PROJECTED_CHANNELS, RelativeFeatures, RelativeHead, pooling_of
 
 
 class AnyTumorRelative(nn.Module):
@@ -25,23 +24,22 @@ class AnyTumorRelative(nn.Module):
     the log-odds of organ h among background and organs, without gradient.
     """
 
-    def __init__(
-        self, unet: Any, dimensions: int, image_channels: int, noise: tuple[float, ...], pooling: tuple[int, ...]
-    ):
+    def __init__(self, unet: Any, spacing: Sequence[float], image_channels: int, noise: tuple[float, ...]):
         """
         Args:
             unet: with an `encoder`, and a `decoder` that has `stages` and `seg_layers` as nnU-Net's.
-            dimensions: 2 or 3.
+            spacing: of the patch's 2 or 3 axes.
             image_channels: C.
             noise: per image channel, see `RelativeFeatures`.
-            pooling: per axis.
         """
         super().__init__()
         self.encoder, self.decoder = unet.encoder, unet.decoder
         self.decoder.seg_layers[-1] = _WithFeatures(self.decoder.seg_layers[-1])
         channels = self.encoder.output_channels[0]
-        features = RelativeFeatures(_PROJECTED, channels, image_channels, noise=noise, pooling=pooling)
-        self.relative = RelativeHead(features, dimensions)
+        features = RelativeFeatures(
+            PROJECTED_CHANNELS, channels, image_channels, noise=noise, pooling=pooling_of(spacing)
+        )
+        self.relative = RelativeHead(features, len(spacing))
         last = self.relative.layers[-1]
         assert isinstance(last, nn.Conv2d | nn.Conv3d) and last.bias is not None
         nn.init.zeros_(last.weight)  # starts as the plain U-Net

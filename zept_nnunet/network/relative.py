@@ -35,6 +35,10 @@ from zept_nnunet.errors import ZePTError
 NUM_SAMPLES = 1025
 """Voxels per organ for median and MAD; odd, so that the median is one of them."""
 
+PROJECTED_CHANNELS = 4
+"""Channels of the projection of the finest features, where a model does not choose."""
+
+_THICK = 2.0  # an axis whose voxels are more than so many times the smallest is not pooled
 _LIMIT = 10.0  # |r| beyond it says no more; outside an organ r would be hundreds
 _MAD_TO_SD = 1.4826
 _EPS = 1e-6
@@ -71,6 +75,11 @@ def robust_statistics(values: Tensor, weights: Tensor, floor: Tensor) -> tuple[T
     mean = (near * values).sum(-1)
     variance = 2 * (near * (values - mean[..., None]).square()).sum(-1)
     return mean, variance
+
+
+def pooling_of(spacing: Sequence[float]) -> tuple[int, ...]:
+    """Per axis how many voxels are pooled: 2, or 1 along thick slices."""
+    return tuple(1 if s > _THICK * min(spacing) else 2 for s in spacing)
 
 
 class RelativeFeatures(nn.Module):

@@ -7,7 +7,7 @@ chosen by the plans' decoder settings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from zept_nnunet.network.grouping import GroupingBlock
 from zept_nnunet.network.heads import to_channels
 from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction
 from zept_nnunet.network.query_decoder import AdvancedLayer, JointAttention, MaskHead, QueryGenerator, query_visibility
+from zept_nnunet.network.relative import PROJECTED_CHANNELS, RelativeFeatures, RelativeHead, pooling_of
 from zept_nnunet.network.self_prompting import (
     calibrated_prompts,
     calibrated_score,
@@ -40,6 +41,7 @@ class ZePTOutput(NamedTuple):
     healthy: list[Tensor]  # (B, Q, *): the organ's healthy tissue
     tumor: list[Tensor]  # (B, U, *): tumor maps; empty in stage I
     anomaly: list[Tensor]  # (B, A, *): maps of synthetic anomalies; empty in stage I and where there are none
+    deviation: Tensor | None  # (B, Q, *): in the organ and unlike the rest of it, finest scale; None in stage I
     organ_embedding: Tensor  # (B, Q, E)
     tumor_embedding: Tensor  # (B, U, E); (B, 0, E) in stage I
     temperature: Tensor  # scalar, of the alignment
@@ -67,7 +69,17 @@ class ZePT(nn.Module):
         num_input_channels: int,
         deep_supervision: bool = True,
         predict_tumors: bool = True,
+        noise: Sequence[float] | float = 0.1,
     ):
+        """
+        Args:
+            block: the plans' `zept` block.
+            configuration: of the plans.
+            num_input_channels: C.
+            deep_supervision: see the class.
+            predict_tumors: False where only organs were trained.
+            noise: per image channel in normalized units, see `RelativeFeatures`.
+        """
         super().__init__()
         settings = block["decoder"]
         self.taxonomy = taxonomy = Taxonomy.from_dict(block["taxonomy"])
@@ -126,6 +138,15 @@ class ZePT(nn.Module):
         self.healthy_heads = nn.ModuleList(MaskHead(width, c, scaled) for c in (channels if scaled else []))
         self.tumor_heads = nn.ModuleList(MaskHead(width, c, scaled) for c in channels)
         self.score_weight = nn.Parameter(torch.tensor(-1.0))  # softplus: 0.31
+        self.relative: RelativeHead | None = None
+        if settings.get("relative"):
+            dimensions = len(configuration.patch_size)
+            pooling = pooling_of(configuration.spacing[-dimensions:])
+            compared = RelativeFeatures(
+                PROJECTED_CHANNELS, channels[-1], num_input_channels, noise=noise, query_width=width, pooling=pooling
+            )
+            self.relative = RelativeHead(compared, dimensions)
+            self.deviation_weight = nn.Parameter(torch.tensor(0.5))  # softplus: 0.97
 
         # alignment
         self.to_knowledge = nn.Linear(width, bank.width)
@@ -137,8 +158,8 @@ class ZePT(nn.Module):
         """(B, C, *) → `ZePTOutput` while `decoder.deep_supervision` is on, else logits (B, heads, *)."""
         features = self.decoder(self.encoder(x))
         if self.decoder.deep_supervision:
-            return self._training_output(features)
-        healthy, tumor, _, _ = self._finest_maps(features)
+            return self._training_output(x, features)
+        healthy, tumor, _, _ = self._finest_maps(x, features)
         return to_channels(self.taxonomy, healthy, tumor)
 
     def forward_scores(self, x: Tensor) -> dict[str, Tensor]:
@@ -147,7 +168,7 @@ class ZePT(nn.Module):
         (B, C, *) → `tumor_logits` (B, U, *), `anomaly` and `support` (B, Q, *), and `logits` (B, heads, *), which are
         what `forward` returns.
         """
-        healthy, tumor, support, anomaly = self._finest_maps(self.decoder(self.encoder(x)))
+        healthy, tumor, support, anomaly = self._finest_maps(x, self.decoder(self.encoder(x)))
         limit = LOGIT_LIMIT
         return {
             "logits": to_channels(self.taxonomy, healthy, tumor),
@@ -156,7 +177,7 @@ class ZePT(nn.Module):
             "support": support.clamp(-limit, limit),
         }
 
-    def _finest_maps(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _finest_maps(self, x: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """healthy, tumor, support, anomaly at the finest scale."""
         queries = self._refine(features, self.hosts if self.predict_tumors else ())
         support, healthy = self._organ_maps(queries.organs, features, -1)
@@ -164,14 +185,19 @@ class ZePT(nn.Module):
         if queries.tumors is None:
             tumor = support.new_full((support.shape[0], self.num_tumors, *support.shape[2:]), -LOGIT_LIMIT)
         else:
-            tumor, healthy = self._tumor_maps(queries.tumors, self.hosts, features, -1, support, healthy, score)
+            deviation = self._deviation(x, features, support, queries.organs)
+            tumor, healthy = self._tumor_maps(
+                queries.tumors, self.hosts, features, -1, support, healthy, score, deviation
+            )
+            score = score if deviation is None else deviation
         anomaly = score if self.is_calibrated else score.expand_as(support)
         return healthy, tumor, support, anomaly
 
-    def _training_output(self, features: list[Tensor]) -> ZePTOutput:
+    def _training_output(self, x: Tensor, features: list[Tensor]) -> ZePTOutput:
         hosts = self.hosts + self.anomaly_hosts if self.stage == 2 else ()
         queries = self._refine(features, hosts)
         support, healthy, tumor, anomaly = [], [], [], []
+        deviation = None
         for scale in reversed(range(len(features))):  # fine to coarse
             if not self.is_calibrated and scale != len(features) - 1:
                 break  # the authors supervise the finest maps alone
@@ -180,7 +206,10 @@ class ZePT(nn.Module):
             else:
                 u, h = self._organ_maps(queries.organs, features, scale)
             if queries.tumors is not None:
-                z, h = self._tumor_maps(queries.tumors, hosts, features, scale, u, h, self._score(u, h))
+                is_finest = scale == len(features) - 1
+                d = self._deviation(x, features, u, queries.organs) if is_finest else None
+                z, h = self._tumor_maps(queries.tumors, hosts, features, scale, u, h, self._score(u, h), d)
+                deviation = d if is_finest else deviation
                 tumor.append(z[:, : self.num_tumors])
                 if self.anomaly_hosts:
                     anomaly.append(z[:, self.num_tumors :])
@@ -197,6 +226,7 @@ class ZePT(nn.Module):
             healthy,
             tumor,
             anomaly,
+            deviation,
             self._embed(queries.organs, queries.organs_given),
             tumor_embedding,
             self.log_temperature.exp(),
@@ -258,6 +288,13 @@ class ZePT(nn.Module):
                 return support.new_zeros(support.shape[0], 1, *support.shape[2:])
             return minmax_score(support)
 
+    def _deviation(self, x: Tensor, features: list[Tensor], support: Tensor, organs: Tensor) -> Tensor | None:
+        """Log-odds that a voxel lies in the organ and is unlike the rest of it, per organ (B, Q, *); finest scale."""
+        if self.relative is None:
+            return None
+        unlike = self.relative(x, features[-1], support, organs)
+        return conjunction(support.detach().to(unlike.dtype), unlike)
+
     def _prompts(self, support: Tensor, healthy: Tensor, hosts: tuple[tuple[int, ...], ...]) -> Tensor:
         score = self._score(support, healthy).flatten(2)
         if self.is_calibrated:
@@ -273,6 +310,7 @@ class ZePT(nn.Module):
         support: Tensor,
         healthy: Tensor,
         score: Tensor,
+        deviation: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tumor maps, one for each of `hosts`, and the healthy maps that go with them (the authors edit these)."""
         a = self.tumor_heads[scale](tumors, features[scale])
@@ -285,11 +323,16 @@ class ZePT(nn.Module):
         weight = nn.functional.softplus(self.score_weight)
         maps = []
         scores = over_hosts(score, hosts)
+        deviations = [None] * len(hosts) if deviation is None else over_hosts(deviation, hosts)
         for k, (in_host, in_score) in enumerate(zip(over_hosts(support.detach(), hosts), scores, strict=True)):
             if in_host is None or in_score is None:  # the whole body is the host
                 maps.append(a[:, k])
             else:
                 evidence = a[:, k] + weight * in_score.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
+                unlike = deviations[k]
+                if unlike is not None:
+                    strength = nn.functional.softplus(self.deviation_weight)
+                    evidence = evidence + strength * unlike.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
                 maps.append(conjunction(in_host.to(evidence.dtype), evidence))
         return torch.stack(maps, 1), healthy
 
@@ -311,7 +354,11 @@ class ZePT(nn.Module):
         modules: list[nn.Module] = [self.advanced, self.joint, self.tumor_heads]
         if not self.is_learned:
             modules += [self.tumor_queries, self.host_to_tumor]
-        return [p for m in modules for p in m.parameters()] + [self.score_weight]
+        single = [self.score_weight]
+        if self.relative is not None:
+            modules.append(self.relative)
+            single.append(self.deviation_weight)
+        return [p for m in modules for p in m.parameters()] + single
 
 
 class _Queries(NamedTuple):

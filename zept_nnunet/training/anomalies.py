@@ -52,10 +52,10 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor
 
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.training.intensity import IntensityScale
 
 RANGES: Mapping[str, tuple[float, float, str]] = {
     "radius_mm": (4.0, 22.0, "mm"),
@@ -82,15 +82,6 @@ _LOGISTIC = 2 * math.log(9)  # 10-90 % width of a logistic edge, in its scale
 
 
 @dataclass(frozen=True)
-class IntensityScale:
-    """How one image channel was normalized: HU per normalized unit, and the clipping range in normalized units."""
-
-    hu_per_unit: float
-    low: float = -math.inf
-    high: float = math.inf
-
-
-@dataclass(frozen=True)
 class Anomaly:
     """Properties of one anomaly, as drawn from the ranges. `contrast_hu` holds one value per image channel."""
 
@@ -100,20 +91,6 @@ class Anomaly:
     edge_mm: float
     texture_hu: float
     texture_mm: float
-
-
-def intensity_scales(plans: PlansManager, configuration: ConfigurationManager) -> tuple[IntensityScale | None, ...]:
-    """Per image channel the scale of nnU-Net's CTNormalization; None for every other normalization."""
-    scales: list[IntensityScale | None] = []
-    for channel, scheme in enumerate(configuration.normalization_schemes):
-        if scheme != "CTNormalization":
-            scales.append(None)
-            continue
-        seen = plans.foreground_intensity_properties_per_channel[str(channel)]
-        std = max(float(seen["std"]), 1e-8)
-        low, high = ((float(seen[key]) - float(seen["mean"])) / std for key in ("percentile_00_5", "percentile_99_5"))
-        scales.append(IntensityScale(std, low, high))
-    return tuple(scales)
 
 
 def with_anomalies(transforms: ComposeTransforms, insert: InsertAnomalies) -> ComposeTransforms:
@@ -158,7 +135,7 @@ class InsertAnomalies(BasicTransform):
             anomaly_label: host's label → value that its anomalies get. Its keys are the hosts.
             tumor_labels: never painted over; they count as part of the organ.
             spacing_mm: of the patch's axes.
-            scales: per image channel, from `intensity_scales`.
+            scales: per image channel, from `intensity.intensity_scales`.
             probability: that a sample gets any anomaly; then their number is uniform in 1…max_anomalies. A draw that
                 finds no room inserts none.
             ranges: as `RANGES`.

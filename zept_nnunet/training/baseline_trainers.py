@@ -20,19 +20,21 @@ from zept_nnunet.errors import ZePTError
 from zept_nnunet.network.any_tumor_rel import AnyTumorRelative
 from zept_nnunet.network.backbone import check_wrappable
 from zept_nnunet.taxonomy import Taxonomy
-from zept_nnunet.training.anomalies import InsertAnomalies, intensity_scales, with_anomalies
+from zept_nnunet.training.anomalies import InsertAnomalies, with_anomalies
 from zept_nnunet.training.budget import Budgeted
+from zept_nnunet.training.intensity import intensity_scales, noise_floors
 from zept_nnunet.training.orientation import KeepsSides
 from zept_nnunet.training.sampling import TumorFavoringDataset
-from zept_nnunet.training.trainer import _BETAS, _LEARNING_RATE, _WEIGHT_DECAY, seed_everything
+from zept_nnunet.training.trainer import _BETAS, _WEIGHT_DECAY, seed_everything
 
 _CUDA = torch.device("cuda")  # nnU-Net's default
-_NOISE_HU, _NOISE = 10.0, 0.1  # floors of an organ's spread: CT, and normalized units elsewhere
-_THICK = 2.0  # an axis whose voxels are more than so many times the smallest is not pooled
+# The U-Net with nnU-Net's softmax loss learns seen tumors more than twice as fast with this as with ZePTTrainer's 1e-3
+# (phantom, small: the loss of 1000 iterations after 500).
+_LEARNING_RATE = 4e-3
 
 
 class _Comparable(KeepsSides):
-    """nnU-Net's trainer with ZePTTrainer's seed, optimizer, sampling and mirroring."""
+    """nnU-Net's trainer with ZePTTrainer's seed, kind of optimizer, sampling and mirroring."""
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class _Comparable(KeepsSides):
         super().__init__(plans, configuration, fold, dataset_json, device)
 
     def configure_optimizers(self) -> tuple[Any, Any]:
-        """ZePTTrainer's AdamW, without weight decay on norms and biases; or nnU-Net's SGD."""
+        """AdamW at the rate that serves this loss best, no weight decay on norms and biases; or nnU-Net's SGD."""
         if self.budget.optimizer == "sgd":
             return super().configure_optimizers()
         self.initial_lr, self.weight_decay = _LEARNING_RATE, _WEIGHT_DECAY
@@ -127,9 +129,5 @@ class nnUNetTrainerAnyTumorRel(nnUNetTrainerAnyTumorPlus):
         unet = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
-        spacing = [float(s) for s in configuration_manager.spacing]
-        pooling = tuple(1 if s > _THICK * min(spacing) else 2 for s in spacing)
-        scales = intensity_scales(plans_manager, configuration_manager)
-        noise = [_NOISE if scale is None else _NOISE_HU / scale.hu_per_unit for scale in scales]
-        noise += [_NOISE] * (num_input_channels - len(noise))  # a cascade's one-hot channels
-        return AnyTumorRelative(unet, len(spacing), num_input_channels, tuple(noise), pooling)
+        noise = noise_floors(plans_manager, configuration_manager, num_input_channels)
+        return AnyTumorRelative(unet, configuration_manager.spacing, num_input_channels, noise)

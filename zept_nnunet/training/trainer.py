@@ -29,7 +29,8 @@ from zept_nnunet.network.heads import to_channels
 from zept_nnunet.network.zept import ZePT, ZePTOutput
 from zept_nnunet.plans_block import DECODER_SETTINGS, build_block, differences, read_block
 from zept_nnunet.taxonomy import Taxonomy, annotated_patterns
-from zept_nnunet.training.anomalies import InsertAnomalies, intensity_scales, with_anomalies
+from zept_nnunet.training.anomalies import InsertAnomalies, with_anomalies
+from zept_nnunet.training.intensity import intensity_scales, noise_floors
 from zept_nnunet.training.orientation import KeepsSides
 from zept_nnunet.training.sampling import TumorFavoringDataset
 from zept_nnunet.training.targets import Annotations, Targets, anomaly_labels, make_targets
@@ -130,7 +131,10 @@ class ZePTTrainer(KeepsSides):
                 f"describes {heads}: the two files do not belong together. Restore the files that stood in the "
                 "model folder"
             )
-        return ZePT(block, configuration_manager, num_input_channels, enable_deep_supervision, cls._predicts_tumors())
+        noise = noise_floors(plans_manager, configuration_manager, num_input_channels)
+        return ZePT(
+            block, configuration_manager, num_input_channels, enable_deep_supervision, cls._predicts_tumors(), noise
+        )
 
     def _build_loss(self) -> nn.Module:
         batch_dice = self.configuration_manager.batch_dice and not (self.is_ddp and self.annotations.is_partial)
