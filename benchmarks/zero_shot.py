@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from zept_nnunet.commands.baseline import RECIPES
 from zept_nnunet.commands.trainers_path import trainers_path
+from zept_nnunet.training.budget import training_minutes
 
 RESULTS = Path(__file__).parent / "results" / "zero_shot.csv"
 PHANTOM, SUPERVISED = 900, 901
@@ -176,14 +177,14 @@ class Workspace:
             for name in {lesion["class"] for lesion in facts["lesions"]}:
                 largest = max((x for x in facts["lesions"] if x["class"] == name), key=lambda x: x["volume_ml"])
                 ratio = largest["cnr"]
-                stratum = "CNR < 2" if ratio < 2 else "CNR 2-4" if ratio < 4 else "CNR > 4"
+                stratum = "CNR < 4" if ratio < 4 else "CNR 4-8" if ratio < 8 else "CNR > 8"
                 rows.append({"case": case, "class": name, "stratum": stratum})
         test = {p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTs").glob("*.nii.gz")}
         pd.DataFrame([r for r in rows if r["case"] in test]).to_csv(path, index=False)
         return path
 
 
-def training_minutes(workspace: Workspace, method: str, seed: int) -> float:
+def minutes_of(workspace: Workspace, method: str, seed: int) -> float:
     """Wall-clock of the training, from nnU-Net's own log; 0 where several methods share a model."""
     import torch
 
@@ -195,10 +196,7 @@ def training_minutes(workspace: Workspace, method: str, seed: int) -> float:
         if "_plus__" in fold.parts[-2]:
             continue
         checkpoint = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
-        log = checkpoint["logging"]
-        return float(
-            sum(b - a for a, b in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)) / 60
-        )
+        return training_minutes(checkpoint["logging"])
     return float("nan")
 
 
@@ -242,7 +240,7 @@ def main() -> None:
         rows = workspace.evaluate(method, seed)
         rows = rows[rows["case"].isin(("mean", "pooled"))]
         rows = rows[["case", "class", "seen", "scope", "metric", "value", "unit", "ci_low", "ci_high"]]
-        minutes = training_minutes(workspace, method, seed)
+        minutes = minutes_of(workspace, method, seed)
         return rows.assign(**settings, method=method, seed=seed, training_minutes=round(minutes, 2), device=args.device)
 
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -75,7 +75,7 @@ def test_a_foreign_folder_is_refused_and_an_own_one_replaced_on_request(tmp_path
 def test_a_failing_step_is_named_with_its_command() -> None:
     step = demo.Step("fail", (sys.executable, "-c", "raise SystemExit(3)"))
     with pytest.raises(ZePTError, match=r"\[1/1\] \(fail\) ended with exit code 3"):
-        demo._run_step(step, "[1/1]", dict(os.environ), 0.0)
+        demo.run_step(step, "[1/1]", dict(os.environ), 0.0)
 
 
 @pytest.mark.slow

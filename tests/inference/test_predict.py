@@ -15,7 +15,7 @@ from tests.inference.model_folder import make_model_folder, read_json, write_che
 from zept_nnunet.commands import predict as command
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors
-from zept_nnunet.inference.predict import ZePTPredictor, _Exports, write_image
+from zept_nnunet.inference.predict import Exports, ZePTPredictor, write_image
 
 pytestmark = pytest.mark.filterwarnings("default")  # nnU-Net's own, in its predictor and its workers
 TUMORS = ("liver_tumor", "spleen_tumor", "pancreas tumor")
@@ -154,7 +154,7 @@ def test_without_the_flags_nothing_else_is_written(model: Path, images: Path, tm
 
 
 def test_an_error_of_an_export_worker_is_raised() -> None:
-    with pytest.raises(ValueError, match="no such export"), _Exports(1) as exports:
+    with pytest.raises(ValueError, match="no such export"), Exports(1) as exports:
         exports.submit(_Broken(), np.zeros(1))  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zept_nnunet.commands.demo import Step, _positive, _run_step
+from zept_nnunet.commands.demo import Step, positive_int, run_step
 from zept_nnunet.commands.trainers_path import trainers_path
 from zept_nnunet.errors import ZePTError
 
@@ -68,13 +68,13 @@ def register(subparsers: Any) -> None:
     parser.add_argument("-f", default="0", help="fold (default: 0)")
     parser.add_argument("-p", default="nnUNetPlans", help="plans (default: nnUNetPlans)")
     parser.add_argument("--supervised-dataset", metavar="ID", help="of supervised: the dataset with all tumors labeled")
-    parser.add_argument("--epochs", type=_positive, help="train this many epochs")
-    parser.add_argument("--iterations", type=_positive, help="train this many iterations an epoch")
+    parser.add_argument("--epochs", type=positive_int, help="train this many epochs")
+    parser.add_argument("--iterations", type=positive_int, help="train this many iterations an epoch")
     parser.add_argument("--minutes", type=float, help="train for this wall-clock time instead of a number of epochs")
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), help="default: adamw, as ZePTTrainer")
     parser.add_argument("--sigma-mm", type=float, default=3.0, help="of host_deviation's Gaussian (default: 3)")
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring at test time")
-    parser.add_argument("-np", type=_positive, default=2, help="worker processes (default: 2)")
+    parser.add_argument("-np", type=positive_int, default=2, help="worker processes (default: 2)")
     parser.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="default: cuda")
     parser.set_defaults(func=run)
 
@@ -377,7 +377,7 @@ class Runner:
     def _step(self, purpose: str, command: tuple[str, ...]) -> None:
         self.steps += 1
         variables = tuple(self.budget.to_environment().items()) if command[0] == "nnUNetv2_train" else ()
-        _run_step(Step(purpose, command, variables), f"[{self.steps}]", self.environment, self.started)
+        run_step(Step(purpose, command, variables), f"[{self.steps}]", self.environment, self.started)
 
 
 def _dataset(given: str, flag: str, raw: Path) -> Path:

@@ -66,8 +66,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="the second one is nnU-Net's own at the same budget, for comparison; nothing is added to it",
     )
     parser.add_argument("-device", default="cpu", choices=("cpu", "cuda", "mps"), help="as for nnU-Net (default: cpu)")
-    parser.add_argument("--epochs", type=_positive, help="train this many epochs")
-    parser.add_argument("--iterations", type=_positive, help="train this many iterations an epoch")
+    parser.add_argument("--epochs", type=positive_int, help="train this many epochs")
+    parser.add_argument("--iterations", type=positive_int, help="train this many iterations an epoch")
     parser.add_argument("--seed", type=int, default=0, help="of the dataset (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in the folder")
     parser.set_defaults(func=run)
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     steps = demo_steps(paths, args.trainer, args.device)
     environment = os.environ | variables | {"PYTHONUNBUFFERED": "1"}
     for number, step in enumerate(steps, start=1):
-        _run_step(step, f"[{number}/{len(steps)}]", environment, started)
+        run_step(step, f"[{number}/{len(steps)}]", environment, started)
 
     dataset_json = json.loads((paths.model / "dataset.json").read_text(encoding="utf-8"))
     trained = json.loads((paths.dataset / "dataset.json").read_text(encoding="utf-8"))["labels"]
@@ -189,7 +189,7 @@ def _draw(paths: DemoPaths, classes: Mapping[str, int], unseen: Collection[str])
     draw_picture(rows, classes, unseen, paths.folder / PICTURE, title=title)
 
 
-def _run_step(step: Step, counter: str, environment: Mapping[str, str], started: float) -> None:
+def run_step(step: Step, counter: str, environment: Mapping[str, str], started: float) -> None:
     elapsed = time.monotonic() - started
     shown = " ".join([*(f"{name}={value}" for name, value in step.variables), shlex.join(step.command)])
     print(f"\n=== {counter} {step.purpose} ({elapsed:.0f} s since the start)\n$ {shown}\n", flush=True)
@@ -231,7 +231,7 @@ def _prepare_folder(folder: Path, *, overwrite: bool) -> None:
     (folder / MARKER).write_text(json.dumps({"made_by": "zept demo"}) + "\n", encoding="utf-8")
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, got {text}")

@@ -32,7 +32,7 @@ from zept_nnunet.evaluation.baselines import (
     host_deviation,
     summarize,
 )
-from zept_nnunet.inference.predict import SCORES_SUFFIX, ScoreExport, _Exports
+from zept_nnunet.inference.predict import SCORES_SUFFIX, Exports, ScoreExport
 from zept_nnunet.names import normalize_name
 
 OUT_OF_DISTRIBUTION = ("max_logit", "entropy", "host_deviation")
@@ -172,7 +172,7 @@ def predict(model: Model, method: Method, cases: Mapping[str, Sequence[str]], ou
     items = predictor._internal_get_data_iterator_from_lists_of_filenames(
         list(todo.values()), [None] * len(todo), list(by_path), model.processes
     )
-    with _Exports(model.processes) as exports:
+    with Exports(model.processes) as exports:
         for item in tqdm(items, total=len(todo), desc=method.name, unit="case"):
             logits = predictor.predict_logits_from_preprocessed_data(item["data"]).cpu().numpy()
             exports.submit(

@@ -51,7 +51,7 @@ class ZePTPredictor(nnUNetPredictor):
         self.network: Any
         self.label_manager: Any
         self._item: Mapping[str, Any] | None = None  # the case at work
-        self._exports: _Exports | None = None
+        self._exports: Exports | None = None
 
     @property
     def _extra(self) -> bool:
@@ -125,7 +125,7 @@ class ZePTPredictor(nnUNetPredictor):
             return super().predict_from_data_iterator(
                 data_iterator, save_probabilities, num_processes_segmentation_export
             )
-        with _Exports(num_processes_segmentation_export) as self._exports:
+        with Exports(num_processes_segmentation_export) as self._exports:
             try:
                 return super().predict_from_data_iterator(
                     self._remember(data_iterator), save_probabilities, num_processes_segmentation_export
@@ -294,7 +294,7 @@ def write_image(array: np.ndarray, path: Path, properties: Mapping[str, Any]) ->
     sitk.WriteImage(image, str(path), True)
 
 
-class _Exports:
+class Exports:
     """Worker processes for `ScoreExport`. It holds back a prediction that is far ahead, and raises their errors."""
 
     def __init__(self, num_processes: int):
@@ -310,7 +310,7 @@ class _Exports:
                 future.result()
         self._pending.add(self._pool.submit(export, scores))
 
-    def __enter__(self) -> _Exports:
+    def __enter__(self) -> Exports:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

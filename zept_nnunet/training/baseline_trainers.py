@@ -25,7 +25,7 @@ from zept_nnunet.training.budget import Budgeted
 from zept_nnunet.training.intensity import intensity_scales, noise_floors
 from zept_nnunet.training.orientation import KeepsSides
 from zept_nnunet.training.sampling import TumorFavoringDataset
-from zept_nnunet.training.trainer import _BETAS, _WEIGHT_DECAY, seed_everything
+from zept_nnunet.training.trainer import BETAS, WEIGHT_DECAY, seed_everything
 
 _CUDA = torch.device("cuda")  # nnU-Net's default
 # The U-Net with nnU-Net's softmax loss learns seen tumors more than twice as fast with this as with ZePTTrainer's 1e-3
@@ -52,13 +52,13 @@ class _Comparable(KeepsSides):
         """AdamW at the rate that serves this loss best, no weight decay on norms and biases; or nnU-Net's SGD."""
         if self.budget.optimizer == "sgd":
             return super().configure_optimizers()
-        self.initial_lr, self.weight_decay = _LEARNING_RATE, _WEIGHT_DECAY
+        self.initial_lr, self.weight_decay = _LEARNING_RATE, WEIGHT_DECAY
         parameters = list(self.network.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, betas=_BETAS)
+        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, betas=BETAS)
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,12 @@ def _positive(environment: Mapping[str, str], name: str, kind: Callable[[str], A
     return value
 
 
+def training_minutes(log: Mapping[str, Sequence[float]]) -> float:
+    """Wall-clock time of the finished epochs in nnU-Net's log, also of those before a resume."""
+    pairs = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
+    return float(sum(end - start for start, end in pairs) / 60)
+
+
 class _TimeIsUp(Exception):
     pass
 
@@ -113,10 +119,8 @@ class Budgeted(nnUNetTrainer):
             self.num_epochs = _ENDLESS
 
     def elapsed_minutes(self) -> float:
-        """Wall-clock time of the finished epochs, also of those before a resume."""
-        log = self.logger.local_logger.my_fantastic_logging
-        pairs = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
-        return float(sum(end - start for start, end in pairs) / 60)
+        """Wall-clock time of the finished epochs."""
+        return training_minutes(self.logger.local_logger.my_fantastic_logging)
 
     def progress(self) -> float:
         """Share of the training that is done, 0 to 1, by time or by epochs."""

@@ -37,8 +37,8 @@ from zept_nnunet.training.targets import Annotations, Targets, anomaly_labels, m
 
 _GRADIENT_NORM = 12  # nnU-Net's
 _LEARNING_RATE = 1e-3
-_WEIGHT_DECAY = 1e-2
-_BETAS = (0.9, 0.99)
+WEIGHT_DECAY = 1e-2
+BETAS = (0.9, 0.99)
 
 
 class ZePTTrainer(KeepsSides):
@@ -65,7 +65,7 @@ class ZePTTrainer(KeepsSides):
         seed_everything()
         plans = {**plans, "zept": block}
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr, self.weight_decay = _LEARNING_RATE, _WEIGHT_DECAY
+        self.initial_lr, self.weight_decay = _LEARNING_RATE, WEIGHT_DECAY
         self._iteration = 0  # within the epoch
         self._register_loss_terms()
 
@@ -173,7 +173,7 @@ class ZePTTrainer(KeepsSides):
                 for (is_advanced, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
             ],
             lr=self.initial_lr,
-            betas=_BETAS,
+            betas=BETAS,
         )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
