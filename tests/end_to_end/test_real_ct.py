@@ -24,11 +24,11 @@ MIN_DICE = 0.6  # one patient, minutes of training: where the organs are, not ho
 
 def test_organs_of_a_real_ct_come_out_where_they_are(workspace: Workspace, tmp_path: Path) -> None:
     folder = write_real_ct_dataset(workspace.raw, 910, cases=8)
-    workspace.plan(910, "-c", "3d_fullres")
-    workspace.train(910, "3d_fullres", "0", "ZePTTrainerRealCT")
+    workspace.run("zept", "plan", "-d", "910", "-pl", "ZePTSmallPlanner", "-c", "3d_fullres", "-np", "1", "-npfp", "1")
+    workspace.train(910, "3d_fullres", "0", "ZePTTrainerRealCT", "-p", "ZePTSmallPlans")
     workspace.run(
         "nnUNetv2_predict", "-i", folder / "imagesTs", "-o", tmp_path / "pred", "-d", "910", "-tr", "ZePTTrainerRealCT",
-        "-c", "3d_fullres", "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta",
+        "-p", "ZePTSmallPlans", "-c", "3d_fullres", "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta",
     )  # fmt: skip
     predicted, reference = (
         sitk.GetArrayFromImage(sitk.ReadImage(str(p / "original.nii.gz")))

@@ -63,4 +63,4 @@ class ZePTTrainerStops(_Short, ZePTTrainer):
 class ZePTTrainerRealCT(_Short, ZePTTrainer):
     """A few short epochs."""
 
-    epochs, iterations = 10, 25
+    epochs, iterations = 16, 25
