@@ -28,7 +28,8 @@ def test_organs_of_a_real_ct_come_out_where_they_are(workspace: Workspace, tmp_p
     workspace.train(910, "3d_fullres", "0", "ZePTTrainerRealCT", "-p", "ZePTSmallPlans")
     workspace.run(
         "nnUNetv2_predict", "-i", folder / "imagesTs", "-o", tmp_path / "pred", "-d", "910", "-tr", "ZePTTrainerRealCT",
-        "-p", "ZePTSmallPlans", "-c", "3d_fullres", "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta",
+        "-p", "ZePTSmallPlans", "-c", "3d_fullres", "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1",
+        "--disable_tta",
     )  # fmt: skip
     predicted, reference = (
         sitk.GetArrayFromImage(sitk.ReadImage(str(p / "original.nii.gz")))
