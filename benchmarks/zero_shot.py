@@ -185,7 +185,7 @@ class Workspace:
 
 
 def minutes_of(workspace: Workspace, method: str, seed: int) -> float:
-    """Wall-clock of the training, from nnU-Net's own log; 0 where several methods share a model."""
+    """Wall-clock of the training, from nnU-Net's own log; NaN where there is no model."""
     import torch
 
     trainer = "ZePTTrainerBudget" if method == "zept" else RECIPES[method].trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import zept_nnunet.trainers
@@ -19,7 +19,6 @@ class Workspace:
     """Folders of one nnU-Net installation, and commands that run in it."""
 
     root: Path
-    extra: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for folder in (self.raw, self.preprocessed, self.results):
@@ -50,7 +49,6 @@ class Workspace:
             "nnUNet_npp": "1",
             "nnUNet_nps": "1",
             "OMP_NUM_THREADS": "1",
-            **self.extra,
         }
 
     def run(self, *command: str | Path, fails: bool = False, **environment: str) -> str:

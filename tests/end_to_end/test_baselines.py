@@ -23,7 +23,7 @@ FLAGS = ("-device", "cpu", "-np", "1", "--epochs", "1", "--iterations", "2", "--
 @pytest.fixture(scope="module")
 def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Dataset 1, planned; dataset 2, the same cases with the pancreas tumor among the labels."""
-    space = Workspace(tmp_path_factory.mktemp("baselines"), {"nnUNet_n_proc_DA": "1", "OMP_NUM_THREADS": "1"})
+    space = Workspace(tmp_path_factory.mktemp("baselines"))
     source = make_dataset(space, 1)
     space.plan(1, "-c", "3d_fullres")
     names = [f"demo_{i:03d}" for i in range(5)]

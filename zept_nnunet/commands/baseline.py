@@ -71,7 +71,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--epochs", type=positive_int, help="train this many epochs")
     parser.add_argument("--iterations", type=positive_int, help="train this many iterations an epoch")
     parser.add_argument("--minutes", type=float, help="train for this wall-clock time instead of a number of epochs")
-    parser.add_argument("--optimizer", choices=("adamw", "sgd"), help="default: adamw, as ZePTTrainer")
+    parser.add_argument("--optimizer", choices=("adamw", "sgd"), help="default: adamw")
     parser.add_argument("--sigma-mm", type=float, default=3.0, help="of host_deviation's Gaussian (default: 3)")
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring at test time")
     parser.add_argument("-np", type=positive_int, default=2, help="worker processes (default: 2)")

@@ -25,7 +25,12 @@ class ZePTLoss(nn.Module):
         self.weights = dict.fromkeys(TERMS, 1.0) | (weights or {})
         self.is_calibrated = network.is_calibrated
         self.positives = query_positives(network.hosts, network.num_organs)
-        self.num_organs, self.hosts, self.anomaly_hosts = network.num_organs, network.hosts, network.anomaly_hosts
+        self.num_organs = network.num_organs
+        self.hold_anomalies = [organ for (organ,) in network.anomaly_hosts]
+        hosts = network.hosts
+        self.tumors_of = [
+            [k for k, organs in enumerate(hosts) if organ in organs or not organs] for organ in range(self.num_organs)
+        ]
         self.register_buffer(
             "knowledge", torch.cat((network.knowledge_organs, network.knowledge_tumors)), persistent=False
         )
@@ -67,10 +72,8 @@ class ZePTLoss(nn.Module):
         tumors bool (B, U): annotated.
         """
         labels = torch.zeros(tumors.shape[0], self.num_organs, dtype=torch.bool)
-        for (organ,) in self.anomaly_hosts:
-            labels[:, organ] = True
-        for organ in range(self.num_organs):
-            its = [k for k, hosts in enumerate(self.hosts) if organ in hosts or not hosts]
+        labels[:, self.hold_anomalies] = True
+        for organ, its in enumerate(self.tumors_of):
             if its:
                 labels[:, organ] = tumors.cpu()[:, its].all(1)
         return labels

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zept_nnunet.network.logits import LOGIT_LIMIT
-from zept_nnunet.network.relative import PROJECTED_CHANNELS, RelativeFeatures, RelativeHead, pooling_of
+from zept_nnunet.network.relative import build_relative_head
 
 
 class AnyTumorRelative(nn.Module):
@@ -36,10 +36,7 @@ class AnyTumorRelative(nn.Module):
         self.encoder, self.decoder = unet.encoder, unet.decoder
         self.decoder.seg_layers[-1] = _WithFeatures(self.decoder.seg_layers[-1])
         channels = self.encoder.output_channels[0]
-        features = RelativeFeatures(
-            PROJECTED_CHANNELS, channels, image_channels, noise=noise, pooling=pooling_of(spacing)
-        )
-        self.relative = RelativeHead(features, len(spacing))
+        self.relative = build_relative_head(spacing, channels, image_channels, noise)
         last = self.relative.layers[-1]
         assert isinstance(last, nn.Conv2d | nn.Conv3d) and last.bias is not None
         nn.init.zeros_(last.weight)  # starts as the plain U-Net

@@ -35,9 +35,7 @@ from zept_nnunet.errors import ZePTError
 NUM_SAMPLES = 1025
 """Voxels per organ for median and MAD; odd, so that the median is one of them."""
 
-PROJECTED_CHANNELS = 4
-"""Channels of the projection of the finest features, where a model does not choose."""
-
+_PROJECTED = 4  # channels of the projection of the finest features, in the models
 _THICK = 2.0  # an axis whose voxels are more than so many times the smallest is not pooled
 _LIMIT = 10.0  # |r| beyond it says no more; outside an organ r would be hundreds
 _MAD_TO_SD = 1.4826
@@ -75,11 +73,6 @@ def robust_statistics(values: Tensor, weights: Tensor, floor: Tensor) -> tuple[T
     mean = (near * values).sum(-1)
     variance = 2 * (near * (values - mean[..., None]).square()).sum(-1)
     return mean, variance
-
-
-def pooling_of(spacing: Sequence[float]) -> tuple[int, ...]:
-    """Per axis how many voxels are pooled: 2, or 1 along thick slices."""
-    return tuple(1 if s > _THICK * min(spacing) else 2 for s in spacing)
 
 
 class RelativeFeatures(nn.Module):
@@ -253,3 +246,23 @@ class RelativeHead(nn.Module):
     def _chunk(self, pooled: Tensor, projected: Tensor, support: Tensor, queries: Tensor | None) -> Tensor:
         r = self.features.relate(pooled, projected, support, queries)
         return self.layers(r.flatten(0, 1)).view(*r.shape[:2], *r.shape[3:])
+
+
+def build_relative_head(
+    spacing: Sequence[float],
+    feature_channels: int,
+    image_channels: int,
+    noise: float | Sequence[float],
+    query_width: int | None = None,
+) -> RelativeHead:
+    """The head as the models have it: voxels pooled by 2, but not along thick slices.
+
+    Args:
+        spacing: of the patch's 2 or 3 axes.
+        feature_channels, image_channels, noise, query_width: see `RelativeFeatures`.
+    """
+    pooling = tuple(1 if s > _THICK * min(spacing) else 2 for s in spacing)
+    features = RelativeFeatures(
+        _PROJECTED, feature_channels, image_channels, noise=noise, query_width=query_width, pooling=pooling
+    )
+    return RelativeHead(features, len(spacing))

@@ -20,7 +20,7 @@ from zept_nnunet.network.grouping import GroupingBlock
 from zept_nnunet.network.heads import to_channels
 from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction
 from zept_nnunet.network.query_decoder import AdvancedLayer, JointAttention, MaskHead, QueryGenerator, query_visibility
-from zept_nnunet.network.relative import PROJECTED_CHANNELS, RelativeFeatures, RelativeHead, pooling_of
+from zept_nnunet.network.relative import RelativeHead, build_relative_head
 from zept_nnunet.network.self_prompting import (
     calibrated_prompts,
     calibrated_score,
@@ -140,12 +140,8 @@ class ZePT(nn.Module):
         self.score_weight = nn.Parameter(torch.tensor(-1.0))  # softplus: 0.31
         self.relative: RelativeHead | None = None
         if settings.get("relative"):
-            dimensions = len(configuration.patch_size)
-            pooling = pooling_of(configuration.spacing[-dimensions:])
-            compared = RelativeFeatures(
-                PROJECTED_CHANNELS, channels[-1], num_input_channels, noise=noise, query_width=width, pooling=pooling
-            )
-            self.relative = RelativeHead(compared, dimensions)
+            spacing = configuration.spacing[-len(configuration.patch_size) :]
+            self.relative = build_relative_head(spacing, channels[-1], num_input_channels, noise, query_width=width)
             self.deviation_weight = nn.Parameter(torch.tensor(0.5))  # softplus: 0.97
 
         # alignment
@@ -206,10 +202,10 @@ class ZePT(nn.Module):
             else:
                 u, h = self._organ_maps(queries.organs, features, scale)
             if queries.tumors is not None:
-                is_finest = scale == len(features) - 1
-                d = self._deviation(x, features, u, queries.organs) if is_finest else None
+                d = None
+                if scale == len(features) - 1:
+                    d = deviation = self._deviation(x, features, u, queries.organs)
                 z, h = self._tumor_maps(queries.tumors, hosts, features, scale, u, h, self._score(u, h), d)
-                deviation = d if is_finest else deviation
                 tumor.append(z[:, : self.num_tumors])
                 if self.anomaly_hosts:
                     anomaly.append(z[:, self.num_tumors :])
@@ -320,20 +316,20 @@ class ZePT(nn.Module):
                 0, torch.tensor(owners, device=a.device, dtype=torch.long), 1
             )
             return a + score, healthy - score * owns.view(1, -1, *[1] * (a.ndim - 2))
-        weight = nn.functional.softplus(self.score_weight)
+        hints = [(nn.functional.softplus(self.score_weight), over_hosts(score, hosts))]
+        if deviation is not None:
+            hints.append((nn.functional.softplus(self.deviation_weight), over_hosts(deviation, hosts)))
         maps = []
-        scores = over_hosts(score, hosts)
-        deviations = [None] * len(hosts) if deviation is None else over_hosts(deviation, hosts)
-        for k, (in_host, in_score) in enumerate(zip(over_hosts(support.detach(), hosts), scores, strict=True)):
-            if in_host is None or in_score is None:  # the whole body is the host
-                maps.append(a[:, k])
-            else:
-                evidence = a[:, k] + weight * in_score.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
-                unlike = deviations[k]
-                if unlike is not None:
-                    strength = nn.functional.softplus(self.deviation_weight)
-                    evidence = evidence + strength * unlike.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
-                maps.append(conjunction(in_host.to(evidence.dtype), evidence))
+        for k, in_host in enumerate(over_hosts(support.detach(), hosts)):
+            evidence = a[:, k]
+            if in_host is None:  # the whole body is the host
+                maps.append(evidence)
+                continue
+            for weight, of_hosts in hints:
+                hint = of_hosts[k]
+                assert hint is not None  # as in_host
+                evidence = evidence + weight * hint.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
+            maps.append(conjunction(in_host.to(evidence.dtype), evidence))
         return torch.stack(maps, 1), healthy
 
     def _embed(self, final: Tensor, given: Tensor | None) -> Tensor:

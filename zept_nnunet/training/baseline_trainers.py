@@ -1,8 +1,8 @@
 """nnU-Net's own trainer as a practitioner would use it, for comparison: what ZePT is given, these are given too.
 
-The same budget (`budget.py`), the same optimizer unless ZEPT_OPTIMIZER=sgd asks for nnU-Net's, the same share of tumors
-among the sampled patches, no mirroring that swaps left and right. Each is a real subclass: nnU-Net writes the class's
-name into folders and checkpoints.
+The same budget (`budget.py`), the same kind of optimizer unless ZEPT_OPTIMIZER=sgd asks for nnU-Net's, the same share
+of tumors among the sampled patches, no mirroring that swaps left and right. Each is a real subclass: nnU-Net writes the
+class's name into folders and checkpoints.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from zept_nnunet.training.sampling import TumorFavoringDataset
 from zept_nnunet.training.trainer import BETAS, WEIGHT_DECAY, seed_everything
 
 _CUDA = torch.device("cuda")  # nnU-Net's default
-# The U-Net with nnU-Net's softmax loss learns seen tumors more than twice as fast with this as with ZePTTrainer's 1e-3
-# (phantom, small: the loss of 1000 iterations after 500).
+# The U-Net with nnU-Net's softmax loss learns about twice as fast with this as with ZePTTrainer's 1e-3: training loss
+# of the supervised one 0.02 after 500 iterations, against 0.63 then and -0.05 after 1000 (phantom, small; one seed).
 _LEARNING_RATE = 4e-3
 
 

@@ -2,7 +2,7 @@
 
     ZEPT_EPOCHS, ZEPT_ITERATIONS    how many epochs, and iterations an epoch
     ZEPT_MINUTES                    instead of epochs: train for this wall-clock time, the schedule laid over it
-    ZEPT_OPTIMIZER                  of the comparison trainers: adamw (as ZePTTrainer's) or sgd (nnU-Net's)
+    ZEPT_OPTIMIZER                  of the comparison trainers: adamw (at their own rate) or sgd (nnU-Net's)
 
 What is unset stays the trainer's own. The budget is written into the fold's folder (`BUDGET_FILE`), so that a run with
 another one is not mistaken for this one.
