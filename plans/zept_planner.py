@@ -83,7 +83,7 @@ def query_feature_map_size(
     voxels = decoder_voxels(patch_size, strides)
     # support and healthy map per organ, one map per tumor and per query for abnormal tissue, at every scale
     maps = (2 * num_organs + num_tumors + len(block["anomalies"])) * sum(voxels)
-    if decoder.get("relative"):
+    if decoder["relative"]:
         maps += num_organs * voxels[-1]  # the deviation from the organ, at the finest scale
 
     grouped = voxels[: max(1, min(decoder["grouping_scales"], len(voxels) - 1))]

@@ -6,7 +6,11 @@ from zept_nnunet.plans.zept_planner import ZePTPlanner
 
 
 class ZePTSmallPlanner(ZePTPlanner):
-    """Plans `ZePTSmallPlans.json`: 12 channels at the finest scale (nnU-Net: 32), patches of some 30,000 voxels.
+    """Plans `ZePTSmallPlans.json`: 16 channels at the finest scale (nnU-Net: 32), one convolution there and in each
+    stage of the decoder, patches of some 30,000 voxels.
+
+    On a CPU, channels cost by multiples of 8: with 12 a pass took 0.23 s where 16 took 0.16 s, and 0.10 s with the
+    fewer convolutions (two cores, batch 2).
 
     On the phantom of size `small` a batch holds 61,000 voxels in place of the 221,000 of whole volumes, and a training
     of equal length in time sees more patches around small organs and lesions.
@@ -30,5 +34,8 @@ class ZePTSmallPlanner(ZePTPlanner):
             overwrite_target_spacing,
             suppress_transpose,
         )
-        self.UNet_base_num_features = 12
-        self.UNet_max_features_2d = self.UNet_max_features_3d = 96
+        self.UNet_base_num_features = 16
+        self.UNet_max_features_2d = self.UNet_max_features_3d = 128
+        stages = len(self.UNet_blocks_per_stage_encoder)
+        self.UNet_blocks_per_stage_encoder = (1, *[2] * (stages - 1))
+        self.UNet_blocks_per_stage_decoder = (1,) * (stages - 1)

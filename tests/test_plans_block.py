@@ -30,7 +30,11 @@ def test_fingerprint_follows_the_trained_classes_and_nothing_else() -> None:
 
 def test_differences_are_named() -> None:
     assert differences(block(), block(knowledge={"liver": "another text"})) == ["knowledge"]
-    assert differences(block(), block("paper")) == ["decoder", "set of organs with synthetic anomalies"]
+    assert differences(block(), block("paper")) == [
+        "decoder",
+        "training",
+        "set of organs with a query for abnormal tissue",
+    ]
 
 
 def test_unseen_tumors_and_their_descriptions_stay_out_of_training() -> None:
@@ -47,12 +51,32 @@ def test_an_added_tumor_is_marked_and_learned_queries_refuse_it() -> None:
         add_tumor_to_block(block("paper"), "pancreas tumor", ("pancreas",), 6)
 
 
+def test_queries_for_abnormal_tissue_follow_the_settings() -> None:
+    def organs(**settings: object) -> list[str]:
+        return list(build_block(deepcopy(DATASET_JSON), settings=settings)["anomalies"].values())
+
+    assert organs() == ["pancreas"]  # liver and spleen have labeled tumors
+    assert organs(synthetic_anomalies=False) == []
+    assert organs(hiding_probability=0.3) == ["liver", "spleen", "pancreas"]
+    assert organs(hiding_probability=0.3, synthetic_anomalies=False) == ["liver", "spleen"]
+    with pytest.raises(ZePTError, match="unknown settings \\['hiding'\\]"):
+        organs(hiding=True)
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
         (lambda p: p.pop("zept"), "no 'zept' block"),
         (lambda p: p["zept"].update(version=99), "version"),
         (lambda p: p["zept"].pop("decoder"), "decoder"),
+        (lambda p: p["zept"]["decoder"].pop("width"), "width"),
+        (lambda p: p["zept"]["decoder"].update(widht=64), "widht"),
+        (lambda p: p["zept"]["decoder"].update(width=0), "1 or more, got 0"),
+        (lambda p: p["zept"]["decoder"].update(queries="copied"), "one of generated, learned, got 'copied'"),
+        (lambda p: p["zept"]["decoder"].update(relative="no"), "true or false, got 'no'"),
+        (lambda p: p["zept"]["decoder"].update(score="minmax"), "score_range 'patch'"),
+        (lambda p: p["zept"]["training"].update(hiding_probability=1.5), "from 0 to 1, got 1.5"),
+        (lambda p: p["zept"]["training"].update(unlabeled_host_weight=True), "from 0 to 1, got True"),
         (lambda p: p["zept"]["knowledge"]["vectors"].pop("liver"), "liver"),
         (lambda p: p["zept"]["knowledge"]["vectors"].update(liver=[0.0]), "width"),
     ],

@@ -13,13 +13,16 @@ from zept_nnunet.knowledge import KnowledgeBank, TextEncoder, describe
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy
 
-VERSION = 1
+VERSION = 2
 
 _SHARED = {
     "width": 128,  # D
     "heads": 8,
     "grouping_scales": 3,  # the coarsest decoder scales
     "advanced_layers": 4,
+    "grouping": True,  # False: organ queries attend to the image, and no voxel is assigned to one
+    "self_prompting": True,  # False: tumor queries attend to the whole patch
+    "score_in_maps": True,  # False: the score serves the prompts alone
 }
 DECODER_SETTINGS: dict[str, dict[str, Any]] = {
     # ours: queries from knowledge, background queries, supervised calibrated score per host
@@ -28,32 +31,76 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
         "queries": "generated",
         "background_queries": 4,
         "score": "calibrated",
+        "score_range": "organ",  # or "patch": min-max over the patch, one map for all tumors
         "prompt_probability": 0.2,
         "relative": True,  # compare each voxel with its own organ
     },
     # as the authors compute it: learned queries, one min-max normalized score for all tumors
-    "paper": {**_SHARED, "queries": "learned", "background_queries": 0, "score": "minmax", "prompt_probability": 0.5},
+    "paper": {
+        **_SHARED,
+        "queries": "learned",
+        "background_queries": 0,
+        "score": "minmax",
+        "score_range": "patch",
+        "prompt_probability": 0.5,
+        "relative": False,
+    },
 }
+_TRAINING = {
+    "alignment": True,  # of queries with knowledge; without it those two terms count nothing
+    "hiding_probability": 0.0,  # of a batch in which one labeled tumor type is treated as if it had no query
+    "unlabeled_host_weight": 1.0,  # of voxels of an organ with synthetic anomalies that are none: 0 tells nothing
+}
+TRAINING_SETTINGS: dict[str, dict[str, Any]] = {
+    "zept": {**_TRAINING, "synthetic_anomalies": True, "organs_include_tumors": False},
+    "paper": {**_TRAINING, "synthetic_anomalies": False, "organs_include_tumors": True},
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "queries": ("generated", "learned"),
+    "score": ("calibrated", "minmax"),
+    "score_range": ("organ", "patch"),
+}
+_SHARES = ("prompt_probability", "hiding_probability", "unlabeled_host_weight")
 
 
-def build_block(dataset_json: Mapping[str, Any], variant: str = "zept", source: str = "dataset.json") -> dict[str, Any]:
+def build_block(
+    dataset_json: Mapping[str, Any],
+    variant: str = "zept",
+    source: str = "dataset.json",
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Make the block for a dataset.
 
+    Args:
+        variant: ours, or "paper".
+        settings: decoder or training settings that differ from the variant's.
+
     Raises:
-        ZePTError: the dataset's labels or its `zept` block cannot be understood.
+        ZePTError: the dataset's labels or its `zept` block cannot be understood, or a setting is unknown.
     """
+    settings = dict(settings or {})
+    decoder, training = DECODER_SETTINGS[variant], TRAINING_SETTINGS[variant]
+    unknown = sorted(set(settings) - set(decoder) - set(training))
+    if unknown:
+        raise ZePTError(f"unknown settings {unknown}; there are {', '.join([*decoder, *training])}")
+    decoder, training = ({k: settings.get(k, v) for k, v in group.items()} for group in (decoder, training))
+    check_settings(decoder, training, source)
     taxonomy = Taxonomy.from_dataset_json(dict(dataset_json), source)
     descriptions = dict((dataset_json.get("zept") or {}).get("knowledge") or {})
     unseen = {normalize_name(name) for name in (dataset_json.get("zept") or {}).get("unseen") or {}}
     bank = KnowledgeBank.build(taxonomy, {n: t for n, t in descriptions.items() if normalize_name(n) not in unseen})
-    anomalies = {f"abnormal {organ}": organ for organ in unlabeled_organs(taxonomy)} if variant == "zept" else {}
+    abnormal = unlabeled_organs(taxonomy) if training["synthetic_anomalies"] else ()
+    if training["hiding_probability"]:
+        abnormal = (*abnormal, *labeled_hosts(taxonomy))
+    anomalies = {f"abnormal {o.name}": o.name for o in taxonomy.organs if o.name in abnormal}
     for name, organ in anomalies.items():
         bank = bank.with_class(name, f"abnormal tissue in the {organ}, unlike the {organ} around it")
     return {
         "version": VERSION,
         "taxonomy": taxonomy.to_dict(),
         "knowledge": bank.to_dict(),
-        "decoder": dict(DECODER_SETTINGS[variant]),
+        "decoder": decoder,
+        "training": training,
         "anomalies": anomalies,
     }
 
@@ -70,6 +117,43 @@ def unlabeled_organs(taxonomy: Taxonomy) -> tuple[str, ...]:
     return tuple(o.name for o in taxonomy.organs if o.name not in hosts)
 
 
+def labeled_hosts(taxonomy: Taxonomy) -> tuple[str, ...]:
+    """Organs that host a tumor that training labels."""
+    return tuple(dict.fromkeys(host for t in taxonomy.trained_tumors for host in t.hosts))
+
+
+def check_settings(decoder: Mapping[str, Any], training: Mapping[str, Any], source: str) -> None:
+    """Refuse what no model would read as it was meant.
+
+    Raises:
+        ZePTError: a setting is missing, unknown, or of a value that it cannot have.
+    """
+    for name, found, wanted in (
+        ("decoder", decoder, DECODER_SETTINGS["zept"]),
+        ("training", training, TRAINING_SETTINGS["zept"]),
+    ):
+        unlike = sorted(set(found) ^ set(wanted))
+        if unlike:
+            raise ZePTError(f"{source}: the {name} settings want {', '.join(wanted)}; missing or unknown: {unlike}")
+        for key, default in wanted.items():
+            value = found[key]
+            if key in _CHOICES:
+                wish, fits = f"one of {', '.join(_CHOICES[key])}", value in _CHOICES[key]
+            elif isinstance(default, bool):
+                wish, fits = "true or false", isinstance(value, bool)
+            elif key in _SHARES:
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                wish, fits = "a number from 0 to 1", is_number and 0 <= value <= 1
+            else:
+                least = 0 if key == "background_queries" else 1
+                is_whole = isinstance(value, int) and not isinstance(value, bool)
+                wish, fits = f"a whole number of {least} or more", is_whole and value >= least
+            if not fits:
+                raise ZePTError(f"{source}: {name} setting {key!r} wants {wish}, got {value!r}")
+    if decoder["score"] == "minmax" and (decoder["score_range"], decoder["relative"]) != ("patch", False):
+        raise ZePTError(f"{source}: score 'minmax' has score_range 'patch' and no relative features")
+
+
 def read_block(plans: Mapping[str, Any], source: str = "plans.json") -> dict[str, Any]:
     """The validated block of `plans`, its vectors made quiet.
 
@@ -84,9 +168,10 @@ def read_block(plans: Mapping[str, Any], source: str = "plans.json") -> dict[str
             f"{source}: 'zept' block of version {VERSION} wanted, found {block.get('version')!r}; "
             "install the zept-nnunet that wrote it, or plan and train again"
         )
-    missing = [key for key in ("taxonomy", "knowledge", "decoder") if key not in block]
+    missing = [key for key in ("taxonomy", "knowledge", "decoder", "training") if key not in block]
     if missing:
         raise ZePTError(f"{source}: the 'zept' block lacks {missing}; plan again (zept plan)")
+    check_settings(block["decoder"], block["training"], source)
     bank = KnowledgeBank.from_dict(block["knowledge"])
     anomalies = dict(block.get("anomalies", {}))
     bank.matrix([*_class_names(Taxonomy.from_dict(block["taxonomy"])), *anomalies])
@@ -104,12 +189,13 @@ def add_tumor_to_block(
     """A copy of `block` with one more tumor, marked as added after training.
 
     Raises:
-        ZePTError: the model's queries are learned per class, so that a new class has none; or the name exists.
+        ZePTError: the model's queries are learned per class, and it has none for abnormal tissue in the hosts; or the
+            name exists.
     """
-    if block["decoder"]["queries"] == "learned":
+    if block["decoder"]["queries"] == "learned" and (not hosts or {*hosts} - {*block["anomalies"].values()}):
         raise ZePTError(
-            f"cannot add {name!r}: this model learned one query per class (ZePTTrainerPaper), so a new class means "
-            "training again. Train with ZePTTrainer, whose queries are generated from descriptions"
+            f"cannot add {name!r}: this model learned one query per class (as ZePTTrainerPaper does), so a new class "
+            "means training again. Train with ZePTTrainer, whose queries are generated from descriptions"
         )
     taxonomy = Taxonomy.from_dict(block["taxonomy"]).with_tumor(name, label, hosts)
     bank = KnowledgeBank.from_dict(block["knowledge"]).with_class(name, description or describe(name, hosts), encoder)
@@ -135,8 +221,8 @@ def fingerprint(block: Mapping[str, Any]) -> bytes:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What differs between two blocks, in words: taxonomy, decoder settings, knowledge, synthetic anomalies."""
-    found = [part for part in ("taxonomy", "decoder") if a[part] != b[part]]
+    """What differs between two blocks, in words: taxonomy, settings, knowledge, queries for abnormal tissue."""
+    found = [part for part in ("taxonomy", "decoder", "training") if a[part] != b[part]]
     anomalies = [block.get("anomalies", {}) for block in (a, b)]
     knowledge = [
         {**block["knowledge"], "vectors": {n: v for n, v in block["knowledge"]["vectors"].items() if n not in names}}
@@ -145,7 +231,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     if json.dumps(knowledge[0], sort_keys=True) != json.dumps(knowledge[1], sort_keys=True):
         found.append("knowledge")
     if anomalies[0] != anomalies[1]:
-        found.append("set of organs with synthetic anomalies")
+        found.append("set of organs with a query for abnormal tissue")
     return found
 
 

@@ -60,7 +60,7 @@ def test_decoder_voxels_by_hand() -> None:
 
 def test_feature_map_size_by_hand() -> None:
     taxonomy = Taxonomy.from_dataset_json(DATASET_JSON)  # 3 organs, 2 tumors
-    decoder = {"width": 10, "grouping_scales": 2, "advanced_layers": 3, "background_queries": 4}
+    decoder = {"width": 10, "grouping_scales": 2, "advanced_layers": 3, "background_queries": 4, "relative": False}
     block = {"decoder": decoder, "anomalies": {}}
     # scales of 4, 16 and 64 voxels: 8 maps each; tokens at the first two, which get two and one advanced layers
     kept = 4 * ((2 + 4 + 4) * 10 + 3 * 7) + 16 * ((2 + 4 + 2) * 10 + 3 * 7)
@@ -210,8 +210,9 @@ def test_the_small_preset_has_fewer_channels_in_plans_of_its_own_name(dataset: P
     plans = json.loads((tmp_path / "preprocessed" / dataset.name / "ZePTSmallPlans.json").read_text())
     assert plans["plans_name"] == "ZePTSmallPlans" and read_block(plans)
     for configuration in ("2d", "3d_fullres"):
-        features = plans["configurations"][configuration]["architecture"]["arch_kwargs"]["features_per_stage"]
-        assert features[:4] == [12, 24, 48, 96] and max(features) == 96
+        kwargs = plans["configurations"][configuration]["architecture"]["arch_kwargs"]
+        assert kwargs["features_per_stage"][:4] == [16, 32, 64, 128] and max(kwargs["features_per_stage"]) == 128
+        assert kwargs["n_conv_per_stage"][:2] == [1, 2] and set(kwargs["n_conv_per_stage_decoder"]) == {1}
 
 
 # ---------------------------------------------------------------------------------------------------- command line

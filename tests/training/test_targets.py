@@ -23,7 +23,8 @@ def test_support_holds_tumors_and_healthy_does_not() -> None:
     assert t.tumor[0, 0].int().tolist() == [[0, 0, 1, 0, 0, 0]]
     assert t.is_valid is not None and t.is_valid[0, 0].int().tolist() == [[1, 1, 1, 1, 1, 0]]
     paper = make_targets(labels, taxonomy, organs_include_tumors=True)
-    assert torch.equal(paper.healthy, paper.support)
+    assert torch.equal(paper.healthy, paper.support) and torch.equal(paper.abnormal, t.abnormal)
+    assert t.abnormal[0, 0].int().tolist() == [[0, 0, 1, 0, 0, 0]]
 
 
 def test_an_anomaly_belongs_to_its_organ_and_is_not_healthy() -> None:
@@ -32,10 +33,10 @@ def test_an_anomaly_belongs_to_its_organ_and_is_not_healthy() -> None:
     assert anomalies == {6: 8}  # beyond every label, the ignore label too
     t = make_targets(torch.tensor([[0, 6, 8, 4]]).view(1, 1, 1, 4), taxonomy, anomalies=anomalies)
     spleen = [o.name for o in taxonomy.organs].index("spleen")
-    assert t.anomaly[0].int().tolist() == [[[0, 0, 1, 0]]]
+    assert t.abnormal[0, spleen].int().tolist() == [[0, 0, 1, 0]]
     assert t.support[0, spleen].int().tolist() == [[0, 1, 1, 0]]
     assert t.healthy[0, spleen].int().tolist() == [[0, 1, 0, 0]]
-    assert make_targets(torch.zeros(1, 1, 1, 4), taxonomy).anomaly.shape == (1, 0, 1, 4)
+    assert not make_targets(torch.zeros(1, 1, 1, 4), taxonomy).abnormal.any()
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])

@@ -173,3 +173,44 @@ def test_seed_repeats_the_weights(results: Path, monkeypatch: pytest.MonkeyPatch
         )
         weights.append(torch.nn.utils.parameters_to_vector(network.parameters()))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def build(trainer: ZePTTrainer) -> None:
+    """Network and loss, as initialize() makes them, without the preprocessed data that it looks for."""
+    heads = len(trainer.taxonomy.channels)
+    manager, configuration = trainer.plans_manager, trainer.configuration_manager
+    trainer.network = trainer.build_network_architecture(manager, configuration, 1, heads, True)
+    trainer.loss = trainer._build_loss()
+
+
+def test_hiding_is_the_same_in_every_process_and_spares_what_nothing_can_replace(results: Path) -> None:
+    plans = make_plans()
+    plans["zept"] = build_block(deepcopy(DATASET_JSON), settings={"hiding_probability": 0.5})
+    trainers = [make_trainer(plans=deepcopy(plans)) for _ in range(2)]
+    for trainer in trainers:
+        build(trainer)
+    draws = [[t.hidden_tumor(epoch, i) for epoch in range(4) for i in range(100)] for t in trainers]
+    assert draws[0] == draws[1] and set(draws[0]) == {None, 0, 1}
+    assert 0.4 < sum(d is not None for d in draws[0]) / 400 < 0.6
+    trainers[0]._zept().anomaly_hosts = ((1,), (2,))  # none for the liver's abnormal tissue
+    assert {trainers[0].hidden_tumor(0, i) for i in range(100)} == {None, 1}
+    default = make_trainer()
+    build(default)
+    assert {default.hidden_tumor(0, i) for i in range(50)} == {None}
+
+
+def test_settings_of_the_plans_reach_the_training(results: Path) -> None:
+    plans = make_plans()
+    settings = {
+        "alignment": False,
+        "unlabeled_host_weight": 0.5,
+        "synthetic_anomalies": False,
+        "organs_include_tumors": True,
+    }
+    plans["zept"] = build_block(deepcopy(DATASET_JSON), settings=settings)
+    trainer = make_trainer(plans=plans)
+    build(trainer)
+    assert (trainer.loss.weights["query_to_knowledge"], trainer.loss.weights["query_to_query"]) == (0.0, 0.0)
+    assert trainer.loss.unlabeled_host_weight == 0.5 and not trainer.anomaly_labels
+    targets = trainer._targets(torch.tensor([1, 4]).view(1, 1, 1, 1, 2))
+    assert torch.equal(targets.healthy, targets.support)

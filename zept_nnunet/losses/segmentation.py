@@ -20,12 +20,22 @@ class AnnotatedDiceBCE(nn.Module):
             apply_nonlin=torch.sigmoid, batch_dice=batch_dice, do_bg=True, smooth=1e-5, ddp=ddp
         )
 
-    def forward(self, logits: Tensor, target: Tensor, is_annotated: Tensor, is_valid: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        is_annotated: Tensor,
+        is_valid: Tensor | None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """Mean over the annotated (case, class) pairs of 1 − Dice + BCE; 0 where there is none.
 
         logits (B, N, *), target bool (B, N, *), is_annotated bool (B, N) on any device,
-        is_valid bool (B, 1, *) or None: False where the label is "ignore".
+        is_valid bool (B, 1, *) or None: False where the label is "ignore". weight (B, N, *) or None: how much a voxel
+        counts for a class.
         """
+        if weight is not None:
+            is_valid = weight if is_valid is None else weight * is_valid
         logits = logits.float()
         classes = logits.shape[1]
         pairs = is_annotated.cpu()
@@ -44,8 +54,10 @@ class AnnotatedDiceBCE(nn.Module):
             z = logits if everything else logits[cases][:, members]
             y = target if everything else target[cases][:, members]
             valid = is_valid if is_valid is None or everything else is_valid[cases]
+            if weight is not None and valid is not None and not everything:
+                valid = valid[:, members]
             dice = 1 + self.dice(z, y, valid)
             bce = F.binary_cross_entropy_with_logits(z, y.to(z.dtype), reduction="none")
-            bce = bce.mean() if valid is None else (bce * valid).sum() / (valid.sum() * len(members)).clamp_min(1)
+            bce = bce.mean() if valid is None else (bce * valid).sum() / valid.expand_as(bce).sum().clamp_min(1)
             total = total + (dice + bce) * (len(members) * len(cases))
         return total / count

@@ -19,27 +19,52 @@ class ZePTLoss(nn.Module):
 
     knowledge: Tensor
 
-    def __init__(self, network: ZePT, batch_dice: bool, ddp: bool = False, weights: dict[str, float] | None = None):
+    def __init__(
+        self,
+        network: ZePT,
+        batch_dice: bool,
+        ddp: bool = False,
+        weights: dict[str, float] | None = None,
+        unlabeled_host_weight: float = 1.0,
+    ):
+        """
+        Args:
+            network: its classes and hosts.
+            batch_dice: see nnU-Net's plans.
+            ddp: gather the Dice over processes.
+            weights: of terms, where they are not 1.
+            unlabeled_host_weight: λ in [0, 1] of the voxels of an organ with synthetic anomalies that belong to none:
+                they may hold tumors that nobody labeled. 0 leaves them out, 1 takes them for healthy.
+        """
         super().__init__()
+        self.unlabeled_host_weight = unlabeled_host_weight
         self.segmentation = AnnotatedDiceBCE(batch_dice, ddp)
         self.weights = dict.fromkeys(TERMS, 1.0) | (weights or {})
         self.is_calibrated = network.is_calibrated
         self.positives = query_positives(network.hosts, network.num_organs)
         self.num_organs = network.num_organs
-        self.hold_anomalies = [organ for (organ,) in network.anomaly_hosts]
+        self.with_query = [organ for (organ,) in network.anomaly_hosts]  # for abnormal tissue
         hosts = network.hosts
         self.tumors_of = [
             [k for k, organs in enumerate(hosts) if organ in organs or not organs] for organ in range(self.num_organs)
         ]
+        self.hold_anomalies = [organ for organ in self.with_query if not self.tumors_of[organ]]  # synthetic ones
         self.register_buffer(
             "knowledge", torch.cat((network.knowledge_organs, network.knowledge_tumors)), persistent=False
         )
 
     def forward(
-        self, output: ZePTOutput, targets: list[Targets], is_annotated: Tensor
+        self, output: ZePTOutput, targets: list[Targets], is_annotated: Tensor, hidden: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """targets: fine to coarse, like the output; is_annotated bool (B, Q + U)."""
+        """targets: fine to coarse, like the output; is_annotated bool (B, Q + U).
+
+        hidden: a tumor whose own map counts nothing in this batch; to its hosts it is abnormal tissue all the same.
+        """
         organs, tumors = is_annotated[:, : self.num_organs], is_annotated[:, self.num_organs :]
+        labeled = self._labels_tumors(tumors)
+        if hidden is not None:
+            tumors = tumors.clone()
+            tumors[:, hidden] = False
         zero = output.anchor * 0
         terms = dict.fromkeys(TERMS, zero)
         # as in nnU-Net a scale counts half of the next finer one; the coarsest count too: prompts are made from them
@@ -51,20 +76,29 @@ class ZePTLoss(nn.Module):
                 pairs["organ_healthy"] = (output.healthy[s], target.healthy, organs)
             if output.tumor:
                 pairs["tumor"] = (output.tumor[s], target.tumor, tumors)
-            if output.anomaly:
-                everywhere = torch.ones(target.anomaly.shape[:2], dtype=torch.bool)
-                pairs["anomaly"] = (output.anomaly[s], target.anomaly, everywhere)
             for term, (logits, wanted, annotated) in pairs.items():
                 terms[term] = terms[term] + share * self.segmentation(logits, wanted, annotated, target.is_valid)
+            if output.anomaly:
+                maps, which = output.anomaly[s], self.with_query
+                terms["anomaly"] = terms["anomaly"] + share * self._abnormal(maps, target, labeled, which)
         if output.deviation is not None:
-            target = targets[0]
-            abnormal, labeled = target.support & ~target.healthy, self._labels_tumors(tumors)
-            terms["deviation"] = self.segmentation(output.deviation, abnormal, labeled, target.is_valid)
+            which = list(range(self.num_organs))
+            terms["deviation"] = self._abnormal(output.deviation, targets[0], labeled, which)
         terms["query_to_knowledge"], terms["query_to_query"] = self._alignment(output)
         total = output.anchor
         for term, value in terms.items():
             total = total + self.weights[term] * value
         return total, {term: value.detach() for term, value in terms.items()}
+
+    def _abnormal(self, logits: Tensor, target: Targets, labeled: Tensor, organs: list[int]) -> Tensor:
+        """Segmentation of abnormal tissue: logits (B, len(organs), *), labeled bool (B, Q)."""
+        wanted, weight = target.abnormal[:, organs], None
+        if self.unlabeled_host_weight < 1 and self.hold_anomalies:
+            is_open = torch.zeros(self.num_organs, dtype=torch.bool, device=wanted.device)
+            is_open[self.hold_anomalies] = True
+            is_open = is_open[organs].view(1, -1, *[1] * (wanted.ndim - 2)) & target.support[:, organs] & ~wanted
+            weight = 1 - (1 - self.unlabeled_host_weight) * is_open.float()
+        return self.segmentation(logits, wanted, labeled[:, organs], target.is_valid, weight)
 
     def _labels_tumors(self, tumors: Tensor) -> Tensor:
         """Organs whose abnormal voxels a case labels, bool (B, Q): it holds synthetic ones, or its tumors are labeled.

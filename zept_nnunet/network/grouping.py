@@ -24,20 +24,28 @@ def assign(scores: Tensor, temperature: float = 1.0, noisy: bool = False, hard: 
 
 
 class GroupingBlock(nn.Module):
-    """Cross-attention, then grouping, then a feed-forward layer; one block per scale."""
+    """Cross-attention, then grouping, then a feed-forward layer; one block per scale.
 
-    def __init__(self, width: int, heads: int, temperature: float = 1.0):
+    Without `groups` (ablation) no voxel is assigned to a query.
+    """
+
+    def __init__(self, width: int, heads: int, temperature: float = 1.0, groups: bool = True):
         super().__init__()
         self.temperature = temperature
+        self.groups = groups
         self.norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
+        self.feed_forward = FeedForward(width)
+        if not groups:
+            return
         self.to_q, self.to_k = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.to_v, self.to_out = nn.Linear(width, width), nn.Linear(width, width)
-        self.feed_forward = FeedForward(width)
 
     def forward(self, q: Tensor, x: Tensor) -> Tensor:
         """q (B, N, D) organ and background queries, x (B, V, D) tokens of the scale → (B, N, D)."""
         q = q + self.attention(self.norm(q), x)
+        if not self.groups:
+            return q + self.feed_forward(q)
         scores = self.to_q(q) @ self.to_k(x).transpose(1, 2) / q.shape[-1] ** 0.5  # (B, N, V)
         assignment = assign(scores, self.temperature, noisy=self.training)
         # G = W_o[Σ_j Â W_v x / (Σ_j Â + 1)] + q

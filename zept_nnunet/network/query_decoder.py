@@ -31,8 +31,8 @@ class AdvancedLayer(nn.Module):
         self.cross_attention, self.self_attention = Attention(width, heads), Attention(width, heads)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, t: Tensor, x: Tensor, may_attend: Tensor, may_attend_query: Tensor) -> Tensor:
-        """t (B, U, D), x (B, V, D), may_attend (B, U, V), may_attend_query (U, U) → (B, U, D)."""
+    def forward(self, t: Tensor, x: Tensor, may_attend: Tensor | None, may_attend_query: Tensor) -> Tensor:
+        """t (B, U, D), x (B, V, D), may_attend (B, U, V) or None, may_attend_query (U, U) → (B, U, D)."""
         t = t + self.cross_attention(self.cross_norm(t), x, may_attend)
         normed = self.self_norm(t)
         t = t + self.self_attention(normed, normed, may_attend_query)

@@ -88,8 +88,10 @@ class ZePT(nn.Module):
         self.predict_tumors = predict_tumors
         self.stage = 2  # the trainer sets 1 while only organs are learned
         self.is_calibrated = settings["score"] == "calibrated"
+        self.score_per_organ = settings["score_range"] == "organ"
+        self.self_prompting, self.score_in_maps = settings["self_prompting"], settings["score_in_maps"]
         probability = torch.tensor(float(settings["prompt_probability"]))
-        self.prompt_threshold = float(torch.logit(probability) if self.is_calibrated else probability)
+        self.prompt_threshold = float(torch.logit(probability) if self.score_per_organ else probability)
 
         self.encoder, self.decoder, channels = build_backbone(
             configuration, num_input_channels, fingerprint(block), deep_supervision
@@ -101,23 +103,24 @@ class ZePT(nn.Module):
         for name, classes in (("organs", taxonomy.organs), ("tumors", taxonomy.tumors)):
             vectors = torch.from_numpy(bank.matrix(c.name for c in classes))
             self.register_buffer(f"knowledge_{name}", vectors, persistent=False)
-        # Organs whose tumors nobody labeled hold synthetic anomalies in training. Each has a query, which like that of
-        # an added tumor sees the others and is seen by none: what training shows it is what an added tumor will meet.
+        # Queries for abnormal tissue in an organ, synthetic where nobody labeled its tumors. Like that of an added
+        # tumor each sees the others and is seen by none: what training shows it is what an added tumor will meet.
         organ_index = {organ.name: i for i, organ in enumerate(taxonomy.organs)}
-        self.anomaly_hosts = tuple((organ_index[host],) for host in block.get("anomalies", {}).values())
-        vectors = torch.from_numpy(bank.matrix(block.get("anomalies", {})))
+        self.anomaly_hosts = tuple((organ_index[host],) for host in block["anomalies"].values())
+        vectors = torch.from_numpy(bank.matrix(block["anomalies"]))
         self.register_buffer("knowledge_anomalies", vectors, persistent=False)
         added = [False] * self.num_organs + [t.added for t in taxonomy.tumors]
-        for name, flags in (("", added), ("_training", added + [True] * len(self.anomaly_hosts))):
-            is_added = torch.tensor(flags, dtype=torch.bool)
-            self.register_buffer(f"sees{name}", query_visibility(is_added), persistent=False)
-            tumors_see = query_visibility(is_added[self.num_organs :])
+        self._is_added = added + [True] * len(self.anomaly_hosts)
+        for name, flags in (("", added), ("_training", self._is_added)):
+            sees, tumors_see = self._visibility(flags)
+            self.register_buffer(f"sees{name}", sees, persistent=False)
             self.register_buffer(f"tumors_see{name}", tumors_see, persistent=False)
 
         # queries
         self.is_learned = settings["queries"] == "learned"
         if self.is_learned:  # sized by the classes: under seg_layers, where -pretrained_weights skips them
-            self.decoder.seg_layers.queries = nn.Parameter(torch.randn(self.num_organs + self.num_tumors, width) * 0.02)
+            trained = self.num_organs + len(taxonomy.trained_tumors) + len(self.anomaly_hosts)
+            self.decoder.seg_layers.queries = nn.Parameter(torch.randn(trained, width) * 0.02)
         else:
             self.organ_queries = QueryGenerator(bank.width, width)
             self.tumor_queries = QueryGenerator(bank.width, width)
@@ -128,7 +131,7 @@ class ZePT(nn.Module):
         grouped = range(self.num_grouping)
         self.to_tokens = nn.ModuleList(nn.Linear(channels[s], width) for s in grouped)
         self.token_norms = nn.ModuleList(nn.LayerNorm(width) for _ in grouped)
-        self.grouping = nn.ModuleList(GroupingBlock(width, heads) for _ in grouped)
+        self.grouping = nn.ModuleList(GroupingBlock(width, heads, groups=settings["grouping"]) for _ in grouped)
         self.advanced = nn.ModuleList(AdvancedLayer(width, heads) for _ in range(settings["advanced_layers"]))
         self.joint = JointAttention(width, heads)
 
@@ -139,7 +142,7 @@ class ZePT(nn.Module):
         self.tumor_heads = nn.ModuleList(MaskHead(width, c, scaled) for c in channels)
         self.score_weight = nn.Parameter(torch.tensor(-1.0))  # softplus: 0.31
         self.relative: RelativeHead | None = None
-        if settings.get("relative"):
+        if settings["relative"]:
             spacing = configuration.spacing[-len(configuration.patch_size) :]
             self.relative = build_relative_head(spacing, channels[-1], num_input_channels, noise, query_width=width)
             self.deviation_weight = nn.Parameter(torch.tensor(0.5))  # softplus: 0.97
@@ -186,8 +189,7 @@ class ZePT(nn.Module):
                 queries.tumors, self.hosts, features, -1, support, healthy, score, deviation
             )
             score = score if deviation is None else deviation
-        anomaly = score if self.is_calibrated else score.expand_as(support)
-        return healthy, tumor, support, anomaly
+        return healthy, tumor, support, score.expand_as(support)
 
     def _training_output(self, x: Tensor, features: list[Tensor]) -> ZePTOutput:
         hosts = self.hosts + self.anomaly_hosts if self.stage == 2 else ()
@@ -251,7 +253,7 @@ class ZePT(nn.Module):
         t = tumors_given
         is_training_set = len(hosts) > self.num_tumors
         tumors_see = self.tumors_see_training if is_training_set else self.tumors_see
-        prompts = [self._prompts(u, h, hosts) for u, h in coarse]
+        prompts = [self._prompts(u, h, hosts) if self.self_prompting else None for u, h in coarse]
         for i, layer in enumerate(self.advanced):
             scale = i % self.num_grouping
             t = layer(t, tokens[scale], prompts[scale], tumors_see)
@@ -261,15 +263,23 @@ class ZePT(nn.Module):
     def _given_queries(self, hosts: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
         """Queries before they have seen the image: (Q, D), and one (D) for each of `hosts`: (len(hosts), D)."""
         if self.is_learned:
-            learned: Tensor = self.get_parameter("decoder.seg_layers.queries")
-            organs, tumors = learned.split((self.num_organs, self.num_tumors))
-            return organs, tumors
+            return self._learned_queries(hosts)
         organs = self.organ_queries(self.knowledge_organs)
         if not hosts:
             return organs, organs[:0]
         knowledge = torch.cat((self.knowledge_tumors, self.knowledge_anomalies))[: len(hosts)]
         means = [organs[list(h)].mean(0) if h else organs.new_zeros(organs.shape[1]) for h in hosts]
         return organs, self.tumor_queries(knowledge) + self.host_to_tumor(torch.stack(means))
+
+    def _learned_queries(self, hosts: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+        """An added tumor has learned nothing of its own: it takes the queries for abnormal tissue in its hosts."""
+        learned: Tensor = self.get_parameter("decoder.seg_layers.queries")
+        num_trained = len(learned) - self.num_organs - len(self.anomaly_hosts)
+        organs, trained, abnormal = learned.split((self.num_organs, num_trained, len(self.anomaly_hosts)))
+        abnormal_in = {organ: row for (organ,), row in zip(self.anomaly_hosts, abnormal, strict=True)}
+        added = [torch.stack([abnormal_in[i] for i in h]).mean(0) for h in self.hosts[num_trained:]]
+        queries = torch.cat((trained, *(row[None] for row in added), abnormal))
+        return organs, queries[: len(hosts)]
 
     def _organ_maps(self, organs: Tensor, features: list[Tensor], scale: int) -> tuple[Tensor, Tensor]:
         support = self.support_heads[scale](organs, features[scale])
@@ -278,11 +288,11 @@ class ZePT(nn.Module):
     def _score(self, support: Tensor, healthy: Tensor) -> Tensor:
         """Anomaly score map, without gradient: (B, Q, *) in log-odds, or the authors' (B, 1, *) in [0, 1]."""
         with torch.no_grad():
-            if self.is_calibrated:
+            if self.score_per_organ:
                 return calibrated_score(support, healthy)
             if self.num_organs == 0:
                 return support.new_zeros(support.shape[0], 1, *support.shape[2:])
-            return minmax_score(support)
+            return minmax_score(healthy)
 
     def _deviation(self, x: Tensor, features: list[Tensor], support: Tensor, organs: Tensor) -> Tensor | None:
         """Log-odds that a voxel lies in the organ and is unlike the rest of it, per organ (B, Q, *); finest scale."""
@@ -293,7 +303,7 @@ class ZePT(nn.Module):
 
     def _prompts(self, support: Tensor, healthy: Tensor, hosts: tuple[tuple[int, ...], ...]) -> Tensor:
         score = self._score(support, healthy).flatten(2)
-        if self.is_calibrated:
+        if self.score_per_organ:
             return calibrated_prompts(support.flatten(2), score, hosts, self.prompt_threshold)
         return minmax_prompts(score, len(hosts), self.prompt_threshold)
 
@@ -310,13 +320,18 @@ class ZePT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Tumor maps, one for each of `hosts`, and the healthy maps that go with them (the authors edit these)."""
         a = self.tumor_heads[scale](tumors, features[scale])
+        if not self.is_calibrated and not self.score_in_maps:
+            return a, healthy
         if not self.is_calibrated:
             owners = sorted({organ for h in hosts for organ in h})
             owns = torch.zeros(self.num_organs, device=a.device, dtype=a.dtype).index_fill(
                 0, torch.tensor(owners, device=a.device, dtype=torch.long), 1
             )
             return a + score, healthy - score * owns.view(1, -1, *[1] * (a.ndim - 2))
-        hints = [(nn.functional.softplus(self.score_weight), over_hosts(score, hosts))]
+        hints: list[tuple[Tensor, Sequence[Tensor | None]]] = []
+        if self.score_in_maps:
+            per_tumor = over_hosts(score, hosts) if self.score_per_organ else [score[:, 0]] * len(hosts)
+            hints.append((nn.functional.softplus(self.score_weight), per_tumor))
         if deviation is not None:
             hints.append((nn.functional.softplus(self.deviation_weight), over_hosts(deviation, hosts)))
         maps = []
@@ -327,7 +342,7 @@ class ZePT(nn.Module):
                 continue
             for weight, of_hosts in hints:
                 hint = of_hosts[k]
-                assert hint is not None  # as in_host
+                assert hint is not None  # as in_host is not
                 evidence = evidence + weight * hint.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
             maps.append(conjunction(in_host.to(evidence.dtype), evidence))
         return torch.stack(maps, 1), healthy
@@ -344,7 +359,24 @@ class ZePT(nn.Module):
             start=self.score_weight.new_zeros(()),
         )
 
-    # ------------------------------------------------------------------------------------------------ stages
+    # ------------------------------------------------------------------------------------------------ training
+    def hide(self, tumor: int | None) -> None:
+        """From now on no other query sees that of this trained tumor, as if it was added; None: all are seen again.
+
+        It is for training alone: what `sees` says at inference does not change.
+        """
+        flags = list(self._is_added)
+        if tumor is not None:
+            flags[self.num_organs + tumor] = True
+        sees, tumors_see = self._visibility(flags)
+        self.sees_training.copy_(sees)
+        self.tumors_see_training.copy_(tumors_see)
+
+    def _visibility(self, is_added: list[bool]) -> tuple[Tensor, Tensor]:
+        """Of all queries, and of tumors' alone."""
+        flags = torch.tensor(is_added, dtype=torch.bool)
+        return query_visibility(flags), query_visibility(flags[self.num_organs :])
+
     def stage_two_parameters(self) -> list[nn.Parameter]:
         """Parameters that stage I leaves as they are: all that belongs to advanced queries alone."""
         modules: list[nn.Module] = [self.advanced, self.joint, self.tumor_heads]

@@ -21,7 +21,7 @@ class Targets:
     support: Tensor  # (B, Q, *): the organ with its tumors
     healthy: Tensor  # (B, Q, *): the organ without them
     tumor: Tensor  # (B, U, *)
-    anomaly: Tensor  # (B, A, *): synthetic ones, a map for each organ that may hold them
+    abnormal: Tensor  # (B, Q, *): the organ's tumors and synthetic anomalies
     is_valid: Tensor | None  # (B, 1, *): False where the label is "ignore"; None without an ignore label
 
 
@@ -53,12 +53,11 @@ def make_targets(
         for position, i in enumerate(organs):
             in_this_host = tumor[:, k] if owner is None else tumor[:, k] & (owner == position)
             support[:, i] |= in_this_host
-    anomaly = _equals(label_map, list(anomalies.values()))
     organ_labels = [o.label for o in taxonomy.organs]
-    for a, organ in enumerate(anomalies):
-        support[:, organ_labels.index(organ)] |= anomaly[:, a]
+    for organ, value in anomalies.items():
+        support[:, organ_labels.index(organ)] |= label_map[:, 0] == value
     is_valid = None if taxonomy.ignore_label is None else label_map != taxonomy.ignore_label
-    return Targets(support, support if organs_include_tumors else healthy, tumor, anomaly, is_valid)
+    return Targets(support, support if organs_include_tumors else healthy, tumor, support & ~healthy, is_valid)
 
 
 def _nearest_host(healthy: Tensor, grid: int = 12) -> Tensor:

@@ -27,7 +27,7 @@ from zept_nnunet.losses import TERMS, ZePTLoss
 from zept_nnunet.network.backbone import check_wrappable
 from zept_nnunet.network.heads import to_channels
 from zept_nnunet.network.zept import ZePT, ZePTOutput
-from zept_nnunet.plans_block import DECODER_SETTINGS, build_block, differences, read_block
+from zept_nnunet.plans_block import build_block, differences, read_block, unlabeled_organs
 from zept_nnunet.taxonomy import Taxonomy, annotated_patterns
 from zept_nnunet.training.anomalies import InsertAnomalies, with_anomalies
 from zept_nnunet.training.intensity import intensity_scales, noise_floors
@@ -60,7 +60,9 @@ class ZePTTrainer(KeepsSides):
         # all that can be refused is refused before the parent makes the results folder
         block = self._checked_block(plans, configuration, dataset_json)
         self.taxonomy = Taxonomy.from_dict(block["taxonomy"])
-        self.anomaly_labels = anomaly_labels(self.taxonomy, block["anomalies"].values())
+        self.settings = block["training"]
+        organs = unlabeled_organs(self.taxonomy) if self.settings["synthetic_anomalies"] else ()
+        self.anomaly_labels = anomaly_labels(self.taxonomy, organs)
         self.annotations = Annotations(self.taxonomy, annotated_patterns(dataset_json))
         seed_everything()
         plans = {**plans, "zept": block}
@@ -82,9 +84,8 @@ class ZePTTrainer(KeepsSides):
                     f"{name}.json was planned for other classes than {plans['dataset_name']}/dataset.json names now; "
                     "plan again: zept plan -d ID"
                 )
-            decoder = planned["decoder"] if cls.variant == "zept" else DECODER_SETTINGS[cls.variant]
-            anomalies = planned["anomalies"] if cls.variant == "zept" else {}
-            block = {**planned, "decoder": dict(decoder), "anomalies": anomalies}
+            own = ("decoder", "training", "anomalies")  # another variant's trainer takes its own settings
+            block = planned if cls.variant == "zept" else {**planned, **{key: block[key] for key in own}}
         if nnUNet_results.is_set():
             folder = join(nnUNet_results, plans["dataset_name"], f"{cls.__name__}__{name}__{configuration}")
             cls._check_model_folder(folder, block)
@@ -138,7 +139,10 @@ class ZePTTrainer(KeepsSides):
 
     def _build_loss(self) -> nn.Module:
         batch_dice = self.configuration_manager.batch_dice and not (self.is_ddp and self.annotations.is_partial)
-        return ZePTLoss(self._zept(), batch_dice, self.is_ddp).to(self.device)
+        weights = {} if self.settings["alignment"] else {"query_to_knowledge": 0.0, "query_to_query": 0.0}
+        return ZePTLoss(
+            self._zept(), batch_dice, self.is_ddp, weights, float(self.settings["unlabeled_host_weight"])
+        ).to(self.device)
 
     def _zept(self) -> ZePT:
         """The network without the wrappers of DDP and torch.compile."""
@@ -264,10 +268,11 @@ class ZePTTrainer(KeepsSides):
 
     def train_step(self, batch: dict) -> dict:
         """One optimizer step; returns the loss and its terms by name."""
-        self._enter_stage()
+        stage = self._enter_stage()
+        hidden = self.hidden_tumor(self.current_epoch, self._iteration) if stage == 2 else None
         self._iteration += 1
         self.optimizer.zero_grad(set_to_none=True)
-        _, _, loss, terms = self._forward(batch)
+        _, _, loss, terms = self._forward(batch, hidden)
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
@@ -286,20 +291,36 @@ class ZePTTrainer(KeepsSides):
             for parameter in self._zept().stage_two_parameters():
                 parameter.grad = None
 
-    def _forward(self, batch: dict) -> tuple[ZePTOutput, Tensor, Tensor, dict[str, Tensor]]:
+    def hidden_tumor(self, epoch: int, iteration: int) -> int | None:
+        """Index of the tumor type that this batch hides, if any: the same in every process and after a resume.
+
+        Only a type whose hosts all have a query for abnormal tissue, which learns it in its place.
+        """
+        network = self._zept()
+        with_query = {organ for (organ,) in network.anomaly_hosts}
+        may_hide = [k for k, hosts in enumerate(network.hosts) if hosts and with_query.issuperset(hosts)]
+        rng = np.random.default_rng((epoch, iteration))
+        if not may_hide or rng.random() >= self.settings["hiding_probability"]:
+            return None
+        return int(rng.choice(may_hide))
+
+    def _forward(self, batch: dict, hidden: int | None = None) -> tuple[ZePTOutput, Tensor, Tensor, dict[str, Tensor]]:
         """Output, finest label map, loss, terms."""
         data = batch["data"].to(self.device, non_blocking=True)
         maps = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
         maps = [m.to(self.device, non_blocking=True) for m in maps]
         annotated = self.annotations.of_batch(batch["keys"])
+        if self.settings["hiding_probability"]:
+            self._zept().hide(hidden)
         with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
             output = self.network(data)
             targets = [self._targets(m) for m in maps[: len(output.support)]]
-            loss, terms = self.loss(output, targets, annotated)
+            loss, terms = self.loss(output, targets, annotated, hidden)
         return output, maps[0], loss, terms
 
     def _targets(self, label_map: Tensor) -> Targets:
-        return make_targets(label_map, self.taxonomy, self.variant == "paper", self.anomaly_labels)
+        include = self.settings["organs_include_tumors"]
+        return make_targets(label_map, self.taxonomy, include, self.anomaly_labels)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the loss and each of its terms."""
