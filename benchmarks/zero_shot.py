@@ -19,9 +19,11 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
@@ -33,6 +35,7 @@ from zept_nnunet.training.budget import training_minutes
 RESULTS = Path(__file__).parent / "results" / "zero_shot.csv"
 PHANTOM, SUPERVISED = 900, 901
 PLANNER, PLANS = "ZePTSmallPlanner", "ZePTSmallPlans"
+ZEPT_TRAINER = "ZePTTrainerBudget"
 METHODS = (*RECIPES, "zept")
 KEY = ["phantom", "size", "configuration", "epochs", "iterations", "minutes", "method", "seed"]
 # case, scope, metric → column of the printed table; pooled: over the voxels of all test cases together
@@ -128,33 +131,37 @@ class Workspace:
         """Where a run's predictions of the "test" or "validation" images stand."""
         return self.folder / "runs" / self.budget / method / f"seed{seed}" / split
 
+    def images(self, dataset: Path) -> dict[str, Path]:
+        """What is predicted: test images, and validation images for thresholds."""
+        return {"test": dataset / "imagesTs", "validation": self.folder / "validation_images"}
+
     def train_and_predict(self, method: str, seed: int, dataset: Path) -> None:
         """Each step is skipped where its result is there."""
-        images = {"test": dataset / "imagesTs", "validation": self.folder / "validation_images"}
         if method == "zept":
-            self._zept(seed, dataset, images)
+            self.zept("zept", PLANS, seed, dataset)
             return
         flags = ["-device", self.args.device, "-c", self.args.configuration, "-p", PLANS, "-np", "1", "--disable_tta"]
         flags += ["--supervised-dataset", str(SUPERVISED)] if method == "supervised" else []
-        for split, folder in images.items():
+        for split, folder in self.images(dataset).items():
             out = self.predictions(method, seed, split)
             self.run(seed, method, "zept", "baseline", method, "-d", str(PHANTOM), "-i", folder, "-o", out, *flags)
 
-    def _zept(self, seed: int, dataset: Path, images: dict[str, Path]) -> None:
+    def zept(self, name: str, plans: str, seed: int, dataset: Path) -> None:
+        """Train with these plans, add the unseen tumors, predict; each step is skipped where its result is there."""
         results = Path(self.environment(seed)["nnUNet_results"]) / dataset.name
-        trainer, configuration = "ZePTTrainerBudget", self.args.configuration
-        trained = results / f"{trainer}__{PLANS}__{configuration}"
-        fold, grown = trained / "fold_0", results / f"{trainer}__{PLANS}_plus__{configuration}"
+        configuration = self.args.configuration
+        trained = results / f"{ZEPT_TRAINER}__{plans}__{configuration}"
+        fold, grown = trained / "fold_0", results / f"{ZEPT_TRAINER}__{plans}_plus__{configuration}"
         if not (fold / "validation" / "summary.json").is_file():
             going_on = ["--val"] if (fold / "checkpoint_final.pth").is_file() else []
             going_on = going_on or (["--c"] if (fold / "checkpoint_latest.pth").is_file() else [])
-            self.run(seed, "zept", "nnUNetv2_train", str(PHANTOM), configuration, "0", "-tr", trainer, "-p", PLANS,
+            self.run(seed, name, "nnUNetv2_train", str(PHANTOM), configuration, "0", "-tr", ZEPT_TRAINER, "-p", plans,
                      "-device", self.args.device, *going_on)  # fmt: skip
         if not grown.is_dir():
-            self.run(seed, "zept", "zept", "add-tumor", trained, "--declared")
-        for split, folder in images.items():
-            out = self.predictions("zept", seed, split)
-            self.run(seed, "zept", "zept", "predict", "-m", grown, "-f", "0", "-i", folder, "-o", out, "--save_scores",
+            self.run(seed, name, "zept", "add-tumor", trained, "--declared")
+        for split, folder in self.images(dataset).items():
+            out = self.predictions(name, seed, split)
+            self.run(seed, name, "zept", "predict", "-m", grown, "-f", "0", "-i", folder, "-o", out, "--save_scores",
                      "--continue_prediction", "--disable_tta", "-device", self.args.device, "-npp", "1", "-nps",
                      "1")  # fmt: skip
 
@@ -184,27 +191,27 @@ class Workspace:
         return path
 
 
-def minutes_of(workspace: Workspace, method: str, seed: int) -> float:
-    """Wall-clock of the training, from nnU-Net's own log; NaN where there is no model."""
+def minutes_of(workspace: Workspace, method: str, seed: int, plans: str = PLANS) -> float:
+    """Wall-clock of the training, from nnU-Net's own log; NaN where there is no model. A method of ZePT has plans."""
     import torch
 
-    trainer = "ZePTTrainerBudget" if method == "zept" else RECIPES[method].trainer
+    recipe = RECIPES.get(method)
     results = Path(workspace.environment(seed)["nnUNet_results"])
     kinds = {"any_tumor": "AnyTumor", "organs": "Organs", "declared": "Declared", "supervised": "Supervised"}
-    wanted = "" if method == "zept" else kinds[RECIPES[method].data]
-    for fold in sorted(results.glob(f"*{wanted}/{trainer}__*__{workspace.args.configuration}/fold_0")):
-        if "_plus__" in fold.parts[-2]:
-            continue
+    wanted, trainer = ("", ZEPT_TRAINER) if recipe is None else (kinds[recipe.data], recipe.trainer)
+    plans = plans if recipe is None else "*"
+    for fold in sorted(results.glob(f"*{wanted}/{trainer}__{plans}__{workspace.args.configuration}/fold_0")):
         checkpoint = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
         return training_minutes(checkpoint["logging"])
     return float("nan")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, names: tuple[str, ...], kind: str) -> argparse.ArgumentParser:
+    """Those that every comparison has; `kind` is what `names` are, "methods" or "variants"."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small", choices=("tiny", "small", "full"))
     parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument(f"--{kind}", nargs="+", default=list(names), choices=names)
     parser.add_argument("--configuration", default="3d_fullres")
     parser.add_argument("--epochs", type=int, help="default: 20, unless --minutes is given")
     parser.add_argument("--iterations", type=int, default=50)
@@ -212,7 +219,11 @@ def main() -> None:
     parser.add_argument("--device", default=None, choices=("cuda", "cpu", "mps"), help="default: cuda if there is one")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--workspace", type=Path, default=Path("zept_zero_shot"))
-    parser.add_argument("--final", action="store_true", help="print the final-unseen types too")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, checked, with the defaults that depend on others."""
     args = parser.parse_args()
     if args.minutes and (args.epochs or args.jobs > 1):
         parser.error("--minutes goes with neither --epochs nor --jobs")
@@ -222,38 +233,69 @@ def main() -> None:
         import torch
 
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
+
+
+def main() -> None:
+    parser = arguments(__doc__, METHODS, "methods")
+    parser.add_argument("--final", action="store_true", help="print the final-unseen types too")
+    args = parse(parser)
     workspace = Workspace((args.workspace / args.size).resolve(), args)
     dataset = workspace.prepare()
-    phantom = json.loads((dataset / "dataset.json").read_text())["zept_phantom"]
-    settings = {"phantom": phantom["version"], "size": args.size, "configuration": args.configuration}
-    settings |= {"epochs": args.epochs, "iterations": args.iterations, "minutes": args.minutes}
 
-    done = pd.read_csv(RESULTS) if RESULTS.is_file() else pd.DataFrame(columns=KEY)
+    def one(method: str, seed: int) -> float:
+        workspace.train_and_predict(method, seed, dataset)
+        return minutes_of(workspace, method, seed)
+
+    table = measure(workspace, dataset, args.methods, one, RESULTS)
+    print_table(without_final(table, dataset, args.final), args.final)
+
+
+def phantom_of(dataset: Path) -> dict[str, Any]:
+    """What the phantom's dataset.json says of it."""
+    record: dict[str, Any] = json.loads((dataset / "dataset.json").read_text())["zept_phantom"]
+    return record
+
+
+def measure(
+    workspace: Workspace, dataset: Path, methods: Sequence[str], one: Callable[[str, int], float], results: Path
+) -> pd.DataFrame:
+    """Run each method with each seed, unless its rows are in `results`; returns their rows.
+
+    `one` trains and predicts, and returns the minutes of the training.
+    """
+    args = workspace.args
+    settings = {"phantom": phantom_of(dataset)["version"], "size": args.size, "configuration": args.configuration}
+    settings |= {"epochs": args.epochs, "iterations": args.iterations, "minutes": args.minutes}
+    done = pd.read_csv(results) if results.is_file() else pd.DataFrame(columns=KEY)
     done = done[_matches(done, settings)]
-    runs = [(m, s) for s in range(args.seeds) for m in args.methods]
+    runs = [(m, s) for s in range(args.seeds) for m in methods]
     todo = [(m, s) for m, s in runs if not ((done["method"] == m) & (done["seed"] == s)).any()]
     progress = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run")
 
-    def one(run: tuple[str, int]) -> pd.DataFrame:
+    def rows_of(run: tuple[str, int]) -> pd.DataFrame:
         method, seed = run
-        workspace.train_and_predict(method, seed, dataset)
+        minutes = one(method, seed)
         rows = workspace.evaluate(method, seed)
         rows = rows[rows["case"].isin(("mean", "pooled"))]
         rows = rows[["case", "class", "seen", "scope", "metric", "value", "unit", "ci_low", "ci_high"]]
-        minutes = minutes_of(workspace, method, seed)
         return rows.assign(**settings, method=method, seed=seed, training_minutes=round(minutes, 2), device=args.device)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        for rows in pool.map(one, todo):
-            RESULTS.parent.mkdir(exist_ok=True)
+        for rows in pool.map(rows_of, todo):
+            results.parent.mkdir(exist_ok=True)
             columns = [*KEY, *(c for c in rows.columns if c not in KEY)]
-            rows[columns].to_csv(RESULTS, mode="a", header=not RESULTS.is_file(), index=False, float_format="%.5g")
+            rows[columns].to_csv(results, mode="a", header=not results.is_file(), index=False, float_format="%.5g")
             progress.update()
     progress.close()
-    table = pd.read_csv(RESULTS)
-    table = table[_matches(table, settings) & table["method"].isin(args.methods) & (table["seed"] < args.seeds)]
-    hidden = () if args.final else tuple(phantom["final_unseen"])
-    print_table(table[~table["class"].str.startswith(hidden) if hidden else slice(None)], args.final)
+    table = pd.read_csv(results)
+    return table[_matches(table, settings) & table["method"].isin(methods) & (table["seed"] < args.seeds)]
+
+
+def without_final(table: pd.DataFrame, dataset: Path, final: bool = False) -> pd.DataFrame:
+    """Without the rows of the final-unseen types, unless they are asked for."""
+    hidden = () if final else tuple(phantom_of(dataset)["final_unseen"])
+    return table[~table["class"].str.startswith(hidden)] if hidden else table
 
 
 def _matches(table: pd.DataFrame, settings: dict[str, object]) -> pd.Series:

@@ -1,0 +1,63 @@
+"""What each part of ZePT is worth: the model without it, on the phantom, at one budget; one table over seeds.
+
+    python benchmarks/ablation.py --size small --seeds 3 --epochs 15 --iterations 250
+
+Variants differ by settings of the plans' `zept` block alone (docs/method.md); data, split, seeds and evaluation are
+those of zero_shot.py, and so is the workspace, whose phantom and preprocessed data serve both. A run appends its
+figures to results/ablation.csv and is skipped when they are there. Figures on the final-unseen types are not printed:
+variants are chosen on the development-unseen type.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from zero_shot import PLANS, Workspace, arguments, measure, minutes_of, parse, print_table, without_final
+
+from zept_nnunet.plans_block import build_block
+
+RESULTS = Path(__file__).parent / "results" / "ablation.csv"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "zept": {},
+    "no_grouping": {"grouping": False},
+    "no_self_prompting": {"self_prompting": False},
+    "no_score_in_maps": {"score_in_maps": False},
+    "no_alignment": {"alignment": False},
+    "learned_queries": {"queries": "learned"},
+    "patchwise_score": {"score_range": "patch", "prompt_probability": 0.5},
+    "organs_include_tumors": {"organs_include_tumors": True},
+    "no_synthetic_anomalies": {"synthetic_anomalies": False},
+    "no_relative_features": {"relative": False},
+    "hiding": {"hiding_probability": 0.3},
+    "unlabeled_hosts_left_out": {"unlabeled_host_weight": 0.0},
+}
+
+
+def write_plans(workspace: Workspace, dataset: Path, variant: str) -> str:
+    """The benchmark's plans with the variant's settings, beside them; returns their name."""
+    folder = workspace.folder / "nnUNet_preprocessed" / dataset.name
+    plans = json.loads((folder / f"{PLANS}.json").read_text())
+    name = f"{PLANS}_{variant}"
+    content = json.loads((dataset / "dataset.json").read_text())
+    plans |= {"plans_name": name, "zept": build_block(content, settings=VARIANTS[variant])}
+    (folder / f"{name}.json").write_text(json.dumps(plans, indent=4))
+    return name
+
+
+def main() -> None:
+    args = parse(arguments(__doc__, tuple(VARIANTS), "variants"))
+    workspace = Workspace((args.workspace / args.size).resolve(), args)
+    dataset = workspace.prepare()
+
+    def one(variant: str, seed: int) -> float:
+        plans = write_plans(workspace, dataset, variant)
+        workspace.zept(variant, plans, seed, dataset)
+        return minutes_of(workspace, variant, seed, plans)
+
+    print_table(without_final(measure(workspace, dataset, args.variants, one, RESULTS), dataset), with_groups=False)
+
+
+if __name__ == "__main__":
+    main()
