@@ -184,7 +184,7 @@ class Workspace:
             for name in {lesion["class"] for lesion in facts["lesions"]}:
                 largest = max((x for x in facts["lesions"] if x["class"] == name), key=lambda x: x["volume_ml"])
                 ratio = largest["cnr"]
-                stratum = "CNR < 4" if ratio < 4 else "CNR 4-8" if ratio < 8 else "CNR > 8"
+                stratum = "CNR < 7" if ratio < 7 else "CNR 7-12" if ratio < 12 else "CNR > 12"
                 rows.append({"case": case, "class": name, "stratum": stratum})
         test = {p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTs").glob("*.nii.gz")}
         pd.DataFrame([r for r in rows if r["case"] in test]).to_csv(path, index=False)

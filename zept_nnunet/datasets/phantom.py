@@ -40,7 +40,7 @@ from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
 from zept_nnunet.datasets.shapes import Range, Triple
 from zept_nnunet.errors import ZePTError
 
-VERSION = 1  # of the phantom: another one draws other images from the same seed
+VERSION = 2  # of the phantom: another one draws other images from the same seed
 DATASET_NAME, SUPERVISED_NAME = "ZePTPhantom", "ZePTPhantomSupervised"
 DESCRIPTION = "synthetic CT phantom"
 LABELS = {"background": 0, **ORGANS, **{name: 7 + i for i, name in enumerate(LESION_TYPES)}}
@@ -77,7 +77,7 @@ SIZES: Mapping[str, Size] = {
         (16, 40, 48), Range(10.5, 11.5, "mm", "chosen"), _WIDTH, (3, 2, 2), NOISE_OF_LARGE_VOXELS_HU, 6, 8, 1.6
     ),
     "small": Size(
-        (24, 48, 64), Range(7.0, 8.0, "mm", "chosen"), _WIDTH, (3, 2, 2), NOISE_OF_LARGE_VOXELS_HU, 60, 128, 2.0
+        (24, 48, 64), Range(7.0, 8.0, "mm", "chosen"), _WIDTH, (3, 2, 2), NOISE_OF_LARGE_VOXELS_HU, 150, 128, 2.5
     ),
     "full": Size((64, 160, 208), Range(2.6, 3.0, "mm", "routine abdomen"), _WIDTH, (2, 2, 2), NOISE_HU, 40, 64, 2.0),
 }

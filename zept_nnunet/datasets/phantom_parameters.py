@@ -150,7 +150,7 @@ ORGAN_SHAPES: Mapping[str, OrganShape] = {
 NOISE_HU = Range(8, 15, "HU", "chosen; measured in patients by Christianson et al., AJR 2015;205:W93")
 """Standard deviation in the middle of the body, in voxels of a routine protocol."""
 
-NOISE_OF_LARGE_VOXELS_HU = Range(4, 7.5, "HU", "chosen: a voxel of 6 mm averages over many of a routine protocol")
+NOISE_OF_LARGE_VOXELS_HU = Range(2.5, 5, "HU", "chosen: a voxel of 6 mm averages over many of a routine protocol")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,167 @@
+"""Breaks the method on purpose, one place at a time, and shows that a test fails for each.
+
+    python benchmarks/mutations.py             # all
+    python benchmarks/mutations.py --only 3 7  # rows of the table
+
+Rows 1 to 10 are the places where the authors' published code works against the idea of the paper (docs/method.md); the
+others are slips that a falling loss would not show. A mutation is a piece of text in a file and what replaces it,
+applied to a copy of the repository. Exit code 1 if one survives, or if the piece of text is no longer there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE, NETWORK = "zept_nnunet", "zept_nnunet/network"
+NETWORK_TESTS = ("tests/network/test_reference.py", "tests/network/test_properties.py", "tests/network/test_zept.py")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which stands once in `file`, becomes `new`; `tests` should notice."""
+
+    row: int | str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(1, "organ labels include tumors", f"{PACKAGE}/training/targets.py",
+             "support if organs_include_tumors else healthy", "support", ("tests/training/test_targets.py",)),
+    Mutation(2, "the score counts outside the host too", f"{NETWORK}/self_prompting.py",
+             "return conjunction(support, -healthy)", "return -healthy", ("tests/network/test_self_prompting.py",)),
+    Mutation(2, "no background queries", f"{NETWORK}/zept.py",
+             "q = torch.cat((organs_given, background), 1)", "q = organs_given", NETWORK_TESTS),
+    Mutation(3, "min-max normalization without epsilon", f"{NETWORK}/self_prompting.py",
+             "(high - low).clamp_min(eps)", "(high - low)", ("tests/network/test_self_prompting.py",)),
+    Mutation(3, "an empty prompt blocks everything", f"{NETWORK}/self_prompting.py",
+             "result = torch.where(mask.any(-1, keepdim=True), mask, result)", "result = mask",
+             ("tests/network/test_self_prompting.py",)),
+    Mutation(3, "the score depends on the rest of the patch", f"{NETWORK}/self_prompting.py",
+             "return conjunction(support, -healthy)", "return conjunction(support, -healthy + healthy.mean())",
+             ("tests/network/test_properties.py",)),
+    Mutation(4, "coarse organ maps are not supervised", f"{NETWORK}/zept.py",
+             "if not self.is_calibrated and scale != len(features) - 1:", "if scale != len(features) - 1:",
+             NETWORK_TESTS),
+    Mutation(5, "one score for all tumors", f"{NETWORK}/self_prompting.py",
+             "return [union(organ_maps[:, list(h)], 1) if h else None for h in hosts]",
+             "return [union(organ_maps, 1) if h else None for h in hosts]", ("tests/network/test_self_prompting.py",)),
+    Mutation(6, "the two alignment targets are one", f"{PACKAGE}/losses/alignment.py",
+             "return positives.fill_diagonal_(0)", "return positives.fill_diagonal_(1)",
+             ("tests/losses/test_alignment.py",)),
+    Mutation(6, "rows of the target are not normalized", f"{PACKAGE}/losses/alignment.py",
+             "target = positives / positives.sum(1, keepdim=True).clamp_min(1e-8)", "target = positives",
+             ("tests/losses/test_alignment.py",)),
+    Mutation(6, "no L2 norm before the temperature", f"{PACKAGE}/losses/alignment.py",
+             "return F.normalize(a.float(), dim=-1, eps=1e-6) @", "return a.float() @",
+             ("tests/losses/test_alignment.py",)),
+    Mutation(7, "queries do not depend on the text", f"{NETWORK}/query_decoder.py",
+             "return self.mlp(knowledge * knowledge.shape[-1] ** 0.5) + self.token",
+             "return self.mlp(knowledge * 0) + self.token", NETWORK_TESTS),
+    Mutation(7, "trained queries see an added one", f"{NETWORK}/query_decoder.py",
+             "return ~is_added[None, :] | torch.eye(", "return is_added[None, :] | ~is_added[None, :] | torch.eye(",
+             NETWORK_TESTS),
+    Mutation(8, "classes that a case does not annotate count", f"{PACKAGE}/losses/segmentation.py",
+             "pairs = is_annotated.cpu()", "pairs = torch.ones_like(is_annotated.cpu())",
+             ("tests/losses/test_segmentation.py",)),
+    Mutation(8, "a pattern is matched by its beginning", f"{PACKAGE}/declarations.py",
+             "fnmatchcase(case_id, p)", "case_id.startswith(p[:3])",
+             ("tests/training/test_targets.py", "tests/test_taxonomy.py")),
+    Mutation(9, "prompts come from queries before grouping", f"{NETWORK}/zept.py",
+             "coarse.append(self._organ_maps(q[:, : self.num_organs], features, scale))",
+             "coarse.append(self._organ_maps(organs_given, features, scale))", NETWORK_TESTS),
+    Mutation(10, "small components are removed from the prediction", f"{NETWORK}/heads.py",
+             "return torch.stack(channels, 1).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)",
+             "z = torch.stack(channels, 1).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)\n"
+             "    few = (z > 0).flatten(2).sum(-1) < 20\n"
+             "    return z - few.view(*few.shape, *[1] * (z.ndim - 2)) * 100.0",
+             ("tests/network/test_properties.py",)),
+    Mutation("-", "softmax over voxels in place of queries", f"{NETWORK}/grouping.py",
+             "soft = torch.softmax(scores / temperature, dim=1)", "soft = torch.softmax(scores / temperature, dim=2)",
+             ("tests/network/test_grouping.py",)),
+    Mutation("-", "the assignment is not straight-through", f"{NETWORK}/grouping.py",
+             "return one_hot + soft - soft.detach()", "return one_hot + 0 * soft", ("tests/network/test_grouping.py",)),
+    Mutation("-", "the gate's gradient reaches the host's support", f"{NETWORK}/zept.py",
+             "enumerate(over_hosts(support.detach(), hosts))", "enumerate(over_hosts(support, hosts))", NETWORK_TESTS),
+    Mutation("-", "the score's gradient is not stopped", f"{NETWORK}/zept.py",
+             "        with torch.no_grad():\n            if self.score_per_organ:",
+             "        with torch.enable_grad():\n            if self.score_per_organ:", NETWORK_TESTS),
+    Mutation("-", "the gate is the healthy logit", f"{NETWORK}/zept.py",
+             "maps.append(conjunction(in_host.to(evidence.dtype), evidence))",
+             "maps.append(conjunction(over_hosts(healthy, hosts)[k].to(evidence.dtype), evidence))", NETWORK_TESTS),
+    Mutation("-", "alignment reads the generated query too", f"{NETWORK}/zept.py",
+             "visual = final - given if self.is_calibrated and given is not None else final", "visual = final",
+             NETWORK_TESTS),
+    Mutation("-", "a hidden tumor's own map still counts", f"{PACKAGE}/losses/zept_loss.py",
+             "tumors[:, hidden] = False", "pass", ("tests/losses/test_zept_loss.py",)),
+    Mutation("-", "stage I trains what belongs to stage II", f"{PACKAGE}/training/trainer.py",
+             "parameter.grad = None", "pass", ("tests/network/test_properties.py", "tests/training/test_trainer.py")),
+)  # fmt: skip
+
+
+def copy_repository(target: Path) -> None:
+    """What the tests need; trainers/ and plans/ stand inside the package, as setup.cfg maps them."""
+    for name in (PACKAGE, "trainers", "plans", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.cfg"):
+        shutil.copy(ROOT / name, target / name)
+    for name in ("trainers", "plans"):
+        if not (target / PACKAGE / name).exists():
+            (target / PACKAGE / name).symlink_to(target / name)
+
+
+def tests_pass(folder: Path, tests: tuple[str, ...]) -> bool:
+    """Whether pytest passes in the copy; an error before any test ran is not a finding.
+
+    Raises:
+        SystemExit: pytest ran no test.
+    """
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{' '.join(command)} exited {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+    return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", help="rows")
+    args = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not args.only or str(m.row) in args.only]
+    survivors = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_repository(folder)
+        for tests in sorted({m.tests for m in chosen}):
+            if not tests_pass(folder, tests):
+                raise SystemExit(f"{' '.join(tests)}: fails without any mutation")
+        for mutation in tqdm(chosen, desc="mutations", unit="mutation"):
+            path = folder / mutation.file
+            text = path.read_text(encoding="utf-8")
+            if text.count(mutation.old) != 1:
+                raise SystemExit(f"{mutation.file}: {mutation.old!r} stands there {text.count(mutation.old)} times")
+            path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+            survived = tests_pass(folder, mutation.tests)
+            path.write_text(text, encoding="utf-8")
+            survivors += [mutation] if survived else []
+            tqdm.write(f"{'SURVIVED' if survived else 'killed':<9}{mutation.row!s:>3}  {mutation.what}")
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
