@@ -299,3 +299,14 @@ def test_command(
     monkeypatch.delenv("nnUNet_raw")
     assert cli.main(["phantom", "-d", "910"]) == 1
     assert "nnUNet_raw" in capsys.readouterr().err
+
+
+def test_gas_in_the_stomach_has_no_label(plain: Path) -> None:
+    """nnU-Net normalizes by the labeled voxels: gas among them would hide the lesions' contrast."""
+    gas = 0
+    for path in sorted((plain / "labelsTr").glob("*.nii.gz")):
+        labels, image = read(path), read(plain / "imagesTr" / path.name.replace(".nii.gz", "_0000.nii.gz"))
+        assert not ((labels == ORGANS["stomach"]) & (image < -200)).any()
+        around = ndimage.binary_dilation(labels == ORGANS["stomach"], iterations=2)
+        gas += int((around & (image < -500)).sum())
+    assert gas > 0
