@@ -44,8 +44,8 @@ VERSION = 2  # of the phantom: another one draws other images from the same seed
 DATASET_NAME, SUPERVISED_NAME = "ZePTPhantom", "ZePTPhantomSupervised"
 DESCRIPTION = "synthetic CT phantom"
 LABELS = {"background": 0, **ORGANS, **{name: 7 + i for i, name in enumerate(LESION_TYPES)}}
-# Gas in the stomach has no label. nnU-Net takes clipping and normalization from the labeled voxels: with gas they spread
-# by 119 HU in place of 47, and a lesion of 30 HU was a quarter of a standard deviation.
+# Gas in the stomach has no label. nnU-Net takes clipping and normalization from the labeled voxels: with gas these
+# spread by 119 HU in place of 47, and a lesion of 30 HU was a quarter of a standard deviation.
 _GAS_BELOW_HU = -200
 _SPLITS = {"Tr": 0, "Ts": 1}
 _STREAMS = ("patient", "scanner", "look-alikes", "seen lesions", "unseen lesions")
