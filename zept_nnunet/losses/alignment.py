@@ -56,13 +56,21 @@ def published_alignment(embedding: Tensor, knowledge: Tensor, positives: Tensor,
     related = ((positives[:n, :n] > 0).float() + torch.eye(n)).to(embedding.device)
     loss = embedding.sum() * 0
     for other in (knowledge[:n].expand(embedding.shape[0], -1, -1), embedding):
-        logits = embedding.float() @ other.float().transpose(1, 2) / _bounded(temperature)
+        logits = _products(embedding.float(), other.float()) / _bounded(temperature)
         loss = loss - (related * torch.log_softmax(logits, -1)).sum(-1).mean()
     return loss
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    return F.normalize(a.float(), dim=-1, eps=1e-6) @ F.normalize(b.float(), dim=-1, eps=1e-6).transpose(1, 2)
+    return _products(F.normalize(a.float(), dim=-1, eps=1e-6), F.normalize(b.float(), dim=-1, eps=1e-6))
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """(B, N, E), (B, M, E) → (B, N, M) in float32: autocast would take the product in half precision, where the
+    published one, of vectors without L2 norm, overflows once it is divided by the temperature.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.transpose(1, 2)
 
 
 def _bounded(temperature: Tensor) -> Tensor:

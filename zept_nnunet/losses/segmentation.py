@@ -30,6 +30,8 @@ class AnnotatedDiceBCE(nn.Module):
     ) -> Tensor:
         """Mean over the annotated (case, class) pairs of 1 − Dice + BCE; 0 where there is none.
 
+        BCE is the mean over all valid voxels of the cases that annotate the class, as in nnU-Net.
+
         logits (B, N, *), target bool (B, N, *), is_annotated bool (B, N) on any device,
         is_valid bool (B, 1, *) or None: False where the label is "ignore". weight (B, N, *) or None: how much a voxel
         counts for a class.

@@ -195,7 +195,10 @@ class RelativeFeatures(nn.Module):
         pool, axes = (F.avg_pool3d, 3) if x.ndim == 5 else (F.avg_pool2d, 2)
         steps = [self.pooling] * axes if isinstance(self.pooling, int) else self.pooling
         kernel = [1 if step == 1 < max(steps) else 3 for step in steps]
-        return pool(x, kernel, stride=1, padding=[k // 2 for k in kernel], count_include_pad=False)
+        # padded by hand: pooling refuses an axis shorter than the kernel, padding or not
+        around = [k // 2 for k in reversed(kernel) for _ in range(2)]
+        inside = torch.ones_like(x[:1, :1])
+        return pool(F.pad(x, around), kernel, stride=1) / pool(F.pad(inside, around), kernel, stride=1)
 
     def _pool(self, x: Tensor) -> Tensor:
         """Average over `pooling`; a part of a window at the far border counts by itself (odd sizes)."""

@@ -69,7 +69,8 @@ def _nearest_host(healthy: Tensor, grid: int = 12) -> Tensor:
     blur = F.avg_pool3d if healthy.ndim == 5 else F.avg_pool2d
     reach = F.interpolate(healthy.float(), size, mode="area")  # adaptive average pooling
     for _ in range(max(size)):
-        reach = reach + 1e-2 * blur(reach, 3, stride=1, padding=1)
+        # padded by hand: pooling refuses an axis of fewer than 3 voxels, padding or not
+        reach = reach + 1e-2 * blur(F.pad(reach, (1, 1) * (reach.ndim - 2)), 3, stride=1)
     return F.interpolate(reach, healthy.shape[2:], mode="nearest").argmax(1)
 
 
