@@ -1,8 +1,10 @@
-"""The ablation benchmark covers every switch, each by settings that the plans accept."""
+"""The ablation covers every switch, by settings that the plans accept; each mutation still finds its place."""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -17,19 +19,28 @@ SIZES = {"width", "heads", "grouping_scales", "advanced_layers", "background_que
 
 
 @pytest.fixture
-def ablation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A script of benchmarks/, imported."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import ablation  # type: ignore[import-not-found]
-
-    yield ablation
-    for name in ("ablation", "zero_shot"):
+    yield importlib.import_module(request.param)
+    for name in (request.param, "zero_shot"):
         sys.modules.pop(name, None)
 
 
-def test_every_switch_has_a_variant_that_changes_it(ablation: ModuleType) -> None:
+@pytest.mark.parametrize("script", ["mutations"], indirect=True)
+def test_every_mutation_has_its_place_and_its_tests(script: ModuleType) -> None:
+    assert {m.row for m in script.MUTATIONS} >= set(range(1, 11))
+    for mutation in script.MUTATIONS:
+        text = (BENCHMARKS.parent / mutation.file).read_text(encoding="utf-8")
+        assert (mutation.what, text.count(mutation.old)) == (mutation.what, 1)
+        assert all((BENCHMARKS.parent / test).is_file() for test in mutation.tests)
+
+
+@pytest.mark.parametrize("script", ["ablation"], indirect=True)
+def test_every_switch_has_a_variant_that_changes_it(script: ModuleType) -> None:
     default = build_block(deepcopy(DATASET_JSON))
     switched = set()
-    for name, settings in ablation.VARIANTS.items():
+    for name, settings in script.VARIANTS.items():
         block = build_block(deepcopy(DATASET_JSON), settings=settings)
         changed = {k for part in ("decoder", "training") for k, v in block[part].items() if v != default[part][k]}
         assert changed == set(settings), name
