@@ -256,6 +256,17 @@ def test_a_gradient_reaches_every_parameter_that_the_stage_trains_and_no_other(
     assert not moved - trained, "weight decay or momentum moved a parameter that this stage freezes"
 
 
+def test_tumor_maps_send_no_gradient_into_organ_maps(dimensions: int, image: torch.Tensor) -> None:
+    """Neither the gate nor the score nor the deviation: or a tumor would be learned by moving its host."""
+    network = randomize(make_network(dimensions, block=narrow_block()))
+    output = network(image)
+    assert output.deviation is not None and output.anomaly
+    sum(m.sum() for m in (*output.tumor, *output.anomaly, output.deviation)).backward()
+    for heads in (network.support_heads, network.healthy_heads):
+        assert not any(has_gradient(p.grad) for p in heads.parameters())
+    assert all(has_gradient(p.grad) for p in network.tumor_heads.parameters())
+
+
 def test_a_batch_that_hides_a_tumor_trains_every_parameter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = {"hiding_probability": 1.0, "unlabeled_host_weight": 0.5, "width": 16, "heads": 4}
     block = build_block({**DATASET_JSON, "labels": TWO_KIDNEYS}, settings=settings)
