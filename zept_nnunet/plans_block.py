@@ -113,7 +113,7 @@ def unlabeled_organs(taxonomy: Taxonomy) -> tuple[str, ...]:
     tumors = taxonomy.trained_tumors
     if any(not t.hosts for t in tumors):
         return ()
-    hosts = {host for t in tumors for host in t.hosts}
+    hosts = labeled_hosts(taxonomy)
     return tuple(o.name for o in taxonomy.organs if o.name not in hosts)
 
 

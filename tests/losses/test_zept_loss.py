@@ -13,22 +13,23 @@ from tests.small_plans import DATASET_JSON, make_network
 from zept_nnunet.losses import TERMS, ZePTLoss
 from zept_nnunet.network.zept import ZePT
 from zept_nnunet.plans_block import build_block
-from zept_nnunet.taxonomy import Taxonomy
 from zept_nnunet.training.targets import anomaly_labels, make_targets
 
 
 @pytest.fixture
 def everything() -> tuple[ZePT, Any, list[Any]]:
+    return two_cases()
+
+
+def two_cases(**settings: Any) -> tuple[ZePT, Any, list[Any]]:
     """Network, output and targets of two cases; liver and spleen have labeled tumors, the pancreas anomalies."""
-    block = build_block(deepcopy(DATASET_JSON))
-    taxonomy = Taxonomy.from_dict(block["taxonomy"])
-    labels = anomaly_labels(taxonomy, block["anomalies"].values())
-    network = make_network(block=block)
+    network = make_network(block=build_block(deepcopy(DATASET_JSON), settings=settings))
+    labels = anomaly_labels(network.taxonomy, ["pancreas"])
     torch.manual_seed(0)
     output = network(torch.randn(2, 1, 16, 24, 16))
-    values = torch.tensor([0, *(c.label for c in taxonomy.classes), *labels.values()])
+    values = torch.tensor([0, *(c.label for c in network.taxonomy.classes), *labels.values()])
     maps = [values[torch.randint(0, len(values), (2, 1, *m.shape[2:]))] for m in output.support]
-    return network, output, [make_targets(m, taxonomy, anomalies=labels) for m in maps]
+    return network, output, [make_targets(m, network.taxonomy, anomalies=labels) for m in maps]
 
 
 def test_deviation_is_judged_where_abnormal_tissue_is_labeled(everything: tuple[ZePT, Any, list[Any]]) -> None:
@@ -62,19 +63,8 @@ def test_stage_one_has_organ_terms_alone(everything: tuple[ZePT, Any, list[Any]]
     assert all(terms[t] > 0 for t in ("organ_support", "organ_healthy"))
 
 
-def hiding_network() -> tuple[ZePT, Any, list[Any]]:
-    block = build_block(deepcopy(DATASET_JSON), settings={"hiding_probability": 0.5})
-    network = make_network(block=block)
-    labels = anomaly_labels(network.taxonomy, ["pancreas"])
-    torch.manual_seed(0)
-    output = network(torch.randn(2, 1, 16, 24, 16))
-    values = torch.tensor([0, *(c.label for c in network.taxonomy.classes), *labels.values()])
-    maps = [values[torch.randint(0, len(values), (2, 1, *m.shape[2:]))] for m in output.support]
-    return network, output, [make_targets(m, network.taxonomy, anomalies=labels) for m in maps]
-
-
 def test_a_hidden_tumor_is_judged_as_abnormal_tissue_alone() -> None:
-    network, output, targets = hiding_network()
+    network, output, targets = two_cases(hiding_probability=0.5)
     annotated = torch.ones(2, network.num_organs + network.num_tumors, dtype=torch.bool)
     loss = ZePTLoss(network, batch_dice=False)
     _, open_terms = loss(output, targets, annotated)
@@ -88,7 +78,7 @@ def test_a_hidden_tumor_is_judged_as_abnormal_tissue_alone() -> None:
 
 
 def test_each_organs_query_for_abnormal_tissue_learns_its_tumors_and_anomalies() -> None:
-    network, output, targets = hiding_network()
+    network, output, targets = two_cases(hiding_probability=0.5)
     annotated = torch.ones(2, network.num_organs + network.num_tumors, dtype=torch.bool)
     annotated[1, network.num_organs] = False  # nobody labeled the second case's liver tumors
     _, terms = ZePTLoss(network, batch_dice=False)(output, targets, annotated)

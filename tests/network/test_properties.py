@@ -226,6 +226,12 @@ def gradients(trainer: ZePTTrainer, stage: int) -> tuple[dict[str, torch.Tensor 
     return {n: p.grad for n, p in network.named_parameters()}, moved
 
 
+def advanced_names(network: ZePT) -> set[str]:
+    """Parameters that stage I freezes."""
+    advanced = {id(p) for p in network.stage_two_parameters()}
+    return {n for n, p in network.named_parameters() if id(p) in advanced}
+
+
 def has_gradient(gradient: torch.Tensor | None) -> bool:
     return gradient is not None and bool(gradient.count_nonzero())
 
@@ -242,7 +248,7 @@ def test_a_gradient_reaches_every_parameter_that_the_stage_trains_and_no_other(
     trainer = make_trainer(ZePTTrainer, monkeypatch, tmp_path)
     found, moved = gradients(trainer, stage)
     network = trainer._zept()
-    advanced = {n for n, p in network.named_parameters() if id(p) in {id(q) for q in network.stage_two_parameters()}}
+    advanced = advanced_names(network)
     assert {"score_weight", "deviation_weight", "host_to_tumor.weight", "joint.norm.weight"} <= advanced
     assert not {n for n in advanced if n.startswith(("encoder.", "decoder.", "grouping.", "support_heads."))}
     trained = set(found) - advanced if stage == 1 else set(found)
@@ -298,7 +304,7 @@ def test_the_authors_loss_leaves_their_coarse_maps_untrained(
     trainer = make_trainer(ZePTTrainerPaper, monkeypatch, tmp_path)
     found, _ = gradients(trainer, stage)
     network = trainer._zept()
-    advanced = {n for n, p in network.named_parameters() if id(p) in {id(q) for q in network.stage_two_parameters()}}
+    advanced = advanced_names(network)
     untrained = {n for n, g in found.items() if not has_gradient(g) and not is_constant(n)}
     coarse = {n for n in found if n.startswith(("support_heads.", "tumor_heads.")) and n.split(".")[1] in "01"}
     wanted = coarse | {"score_weight", "background_queries"} | (advanced if stage == 1 else set())

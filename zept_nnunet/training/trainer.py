@@ -296,6 +296,8 @@ class ZePTTrainer(KeepsSides):
 
         Only a type whose hosts all have a query for abnormal tissue, which learns it in its place.
         """
+        if not self.settings["hiding_probability"]:
+            return None
         network = self._zept()
         with_query = {organ for (organ,) in network.anomaly_hosts}
         may_hide = [k for k, hosts in enumerate(network.hosts) if hosts and with_query.issuperset(hosts)]
