@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.network.pooling import mean_of_neighbors
 
 NUM_SAMPLES = 1025
 """Voxels per organ for median and MAD; odd, so that the median is one of them."""
@@ -192,13 +193,8 @@ class RelativeFeatures(nn.Module):
 
     def _box(self, x: Tensor) -> Tensor:
         """Mean over 3 voxels along every axis, of those in the patch; not along an axis that alone is not pooled."""
-        pool, axes = (F.avg_pool3d, 3) if x.ndim == 5 else (F.avg_pool2d, 2)
-        steps = [self.pooling] * axes if isinstance(self.pooling, int) else self.pooling
-        kernel = [1 if step == 1 < max(steps) else 3 for step in steps]
-        # padded by hand: pooling refuses an axis shorter than the kernel, padding or not
-        around = [k // 2 for k in reversed(kernel) for _ in range(2)]
-        inside = torch.ones_like(x[:1, :1])
-        return pool(F.pad(x, around), kernel, stride=1) / pool(F.pad(inside, around), kernel, stride=1)
+        steps = [self.pooling] * (x.ndim - 2) if isinstance(self.pooling, int) else self.pooling
+        return mean_of_neighbors(x, [1 if step == 1 < max(steps) else 3 for step in steps])
 
     def _pool(self, x: Tensor) -> Tensor:
         """Average over `pooling`; a part of a window at the far border counts by itself (odd sizes)."""

@@ -47,7 +47,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
@@ -55,6 +54,7 @@ from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform
 from torch import Tensor
 
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.network.pooling import mean_of_neighbors
 from zept_nnunet.training.intensity import IntensityScale
 
 RANGES: Mapping[str, tuple[float, float, str]] = {
@@ -368,10 +368,7 @@ def _plane_waves(axes: Sequence[Tensor], frequencies: np.ndarray, rng: np.random
 
 def _neighborhood_share(is_organ: Tensor) -> Tensor:
     """Share of organ among each voxel's 3 × 3 (× 3) neighbors in the crop."""
-    pool = F.avg_pool3d if is_organ.ndim == 3 else F.avg_pool2d
-    around = (1, 1) * is_organ.ndim  # padded by hand: pooling refuses a crop of fewer than 3 voxels, padding or not
-    organ, inside = (F.pad(m.float()[None, None], around) for m in (is_organ, torch.ones_like(is_organ)))
-    return (pool(organ, 3, stride=1) / pool(inside, 3, stride=1))[0, 0]
+    return mean_of_neighbors(is_organ.float()[None, None], (3,) * is_organ.ndim)[0, 0]
 
 
 def _bounding_box(mask: Tensor) -> tuple[slice, ...]:

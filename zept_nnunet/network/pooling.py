@@ -1,0 +1,23 @@
+"""Means over neighboring voxels, on grids of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mean_of_neighbors(x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Mean over the voxels of a box that lie on the grid: (B, C, *) → (B, C, *).
+
+    Padded by hand: PyTorch's pooling refuses an axis shorter than the kernel, padding or not.
+
+    Args:
+        kernel: odd, of each of the 2 or 3 axes.
+    """
+    pool = F.avg_pool3d if x.ndim == 5 else F.avg_pool2d
+    around = [k // 2 for k in reversed(kernel) for _ in range(2)]
+    inside = torch.ones_like(x[:1, :1])
+    return pool(F.pad(x, around), tuple(kernel), stride=1) / pool(F.pad(inside, around), tuple(kernel), stride=1)
