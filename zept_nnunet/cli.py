@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ COMMANDS = (
     "trainers_path",
     "doctor",
     "taxonomy",
+    "knowledge",
     "plan",
     "add_tumor",
     "predict",
@@ -23,6 +25,7 @@ COMMANDS = (
     "insert_lesions",
     "evaluate",
 )
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _RUN_WITH_ANY_NNUNET = ("doctor", "trainers-path")  # doctor reports the version with everything else
 
 
@@ -46,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.func(args))
     except ZePTError as error:
         print(f"zept {args.command}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"zept {args.command}: {error.strerror}{where}; nothing is left half-written. Free some space, or choose "
+            "another output folder",
+            file=sys.stderr,
+        )
         return 1
 
 

@@ -1,7 +1,7 @@
 """The `zept` block of a dataset.json: what a dataset says about its classes, checked. No torch.
 
     "zept": {"tumors": {name: {"hosts": [...]}}, "organs": [names], "unseen": {name: {"hosts": [...], "label": int}},
-             "knowledge": {name: text}, "annotated": {pattern: [names]}}
+             "knowledge": {name: text}, "vectors": file, "annotated": {pattern: [names]}}
 
 Every entry is optional. `hosts` may be empty: the whole body. Names are found whatever their case, `_` and `-`.
 """
@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.labels import RESERVED, LabelSet, read_labels
 from zept_nnunet.names import infer_hosts, normalize_name
 
-_BLOCK_KEYS = ("tumors", "organs", "unseen", "knowledge", "annotated")
+_BLOCK_KEYS = ("tumors", "organs", "unseen", "knowledge", "vectors", "annotated")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,18 @@ def annotated_for(
             "make them exclusive"
         )
     return next(iter(matching.values()), None)
+
+
+def declared_vectors(dataset_json: Mapping[str, Any], source: str = "dataset.json") -> Path | None:
+    """`zept.vectors`: the file of knowledge vectors to use instead of the package's.
+
+    Raises:
+        ZePTError: it is no absolute path (nnU-Net copies dataset.json about).
+    """
+    path = (dataset_json.get("zept") or {}).get("vectors")
+    if path is not None and not (isinstance(path, str) and Path(path).is_absolute()):
+        raise ZePTError(f"{source}: zept.vectors must be the absolute path of a file, found {path!r}")
+    return None if path is None else Path(path)
 
 
 def _block(dataset_json: Mapping[str, Any], key: str, source: str) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from collections.abc import Iterable
 
 _TUMOR_WORDS = frozenset(
     "tumor tumors neoplasm neoplasms neoplasia cancer cancers malignancy malignancies malignant lesion lesions cyst "
-    "cysts nodule nodules mass masses metastasis metastases metastatic mets polyp polyps gist hcc rcc pdac ipmn nsclc "
-    "sclc edema oedema necrosis necrotic".split()
+    "cysts kyst kysts nodule nodules mass masses metastasis metastases metastatic mets polyp polyps gist hcc rcc pdac "
+    "ipmn nsclc sclc edema oedema necrosis necrotic".split()
 )
+_GENERIC = frozenset("tumor tumors neoplasm neoplasms cancer cancers lesion lesions mass masses cyst cysts".split())
 _OMA = re.compile(r"^[a-z]{2,}omas?$|^[a-z]{2,}omata$")  # adenoma, carcinomas, hepatoblastoma
+_GLUED = re.compile(r"^([a-z]{3,})(tumors?|cysts?|kysts?|cancers?|lesions?|nodules?)$")
 _NOT_OMA = frozenset("stoma stomas stroma soma somas coma trachoma glaucoma".split())
 
 _ANATOMY = {  # word → the anatomical words that it stands for
@@ -97,8 +99,30 @@ def is_lateral(name: str) -> bool:
     return any(word in _SIDES or re.match(r"(left|right)[a-z]", word) for word in _words(name))
 
 
+def name_key(name: str) -> tuple[str, ...]:
+    """What two spellings of one class share: its words, sorted, in the singular, sides written out.
+
+    "Lung_Upper_Lobe_L" and "left upper lobe of lung" have the same key.
+    """
+    words = (_SIDES.get(w, _singular(w)) for w in _words(name) if w not in ("the", "of", "in", "and", "or"))
+    return tuple(sorted(words))
+
+
+def is_generic_tumor(name: str) -> bool:
+    """Whether the name holds nothing but words for a tumor ("cancer", "Tumour"): it says neither where nor which."""
+    words = _words(name)
+    return bool(words) and all(w in _GENERIC for w in words)
+
+
+def _singular(word: str) -> str:
+    ends = ("ss", "us", "is", "as", "os")
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(ends) else word
+
+
 def _words(name: str) -> list[str]:
-    return re.findall(r"[^\W_]+", normalize_name(name).replace("gall bladder", "gallbladder"))
+    """The words of a name; a tumor word at the end of another is one of its own: "livertumor" → liver, tumor."""
+    words = re.findall(r"[^\W_]+", normalize_name(name).replace("gall bladder", "gallbladder"))
+    return [part for word in words for part in (_GLUED.sub(r"\1 \2", word)).split()]
 
 
 def _has_tumor_word(name: str) -> bool:

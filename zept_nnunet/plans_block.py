@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
+from zept_nnunet.declarations import declared_vectors
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.knowledge import KnowledgeBank, TextEncoder, describe
+from zept_nnunet.knowledge import Description, KnowledgeBank, KnowledgeSource, built_in, describe, describe_all
+from zept_nnunet.knowledge.texts import describe_abnormal
+from zept_nnunet.knowledge.vectors import read_vectors
 from zept_nnunet.names import normalize_name
-from zept_nnunet.taxonomy import Taxonomy
+from zept_nnunet.taxonomy import Taxonomy, declared_unseen
 
 VERSION = 2
 
@@ -86,15 +89,13 @@ def build_block(
     decoder, training = ({k: settings.get(k, v) for k, v in group.items()} for group in (decoder, training))
     check_settings(decoder, training, source)
     taxonomy = Taxonomy.from_dataset_json(dict(dataset_json), source)
-    descriptions = dict((dataset_json.get("zept") or {}).get("knowledge") or {})
-    unseen = {normalize_name(name) for name in (dataset_json.get("zept") or {}).get("unseen") or {}}
-    bank = KnowledgeBank.build(taxonomy, {n: t for n, t in descriptions.items() if normalize_name(n) not in unseen})
+    texts = class_texts(dataset_json, source, with_unseen=False)
     abnormal = unlabeled_organs(taxonomy) if training["synthetic_anomalies"] else ()
     if training["hiding_probability"]:
         abnormal = (*abnormal, *labeled_hosts(taxonomy))
     anomalies = {f"abnormal {o.name}": o.name for o in taxonomy.organs if o.name in abnormal}
-    for name, organ in anomalies.items():
-        bank = bank.with_class(name, f"abnormal tissue in the {organ}, unlike the {organ} around it")
+    texts |= {name: describe_abnormal(organ) for name, organ in anomalies.items()}
+    bank = KnowledgeBank.build(texts, declared_source(dataset_json, source))
     return {
         "version": VERSION,
         "taxonomy": taxonomy.to_dict(),
@@ -103,6 +104,36 @@ def build_block(
         "training": training,
         "anomalies": anomalies,
     }
+
+
+def class_texts(
+    dataset_json: Mapping[str, Any], source: str = "dataset.json", with_unseen: bool = True
+) -> dict[str, Description]:
+    """What describes each class of a dataset, and each tumor that it declares as unseen.
+
+    Raises:
+        ZePTError: as `build_block`; or two classes have one description.
+    """
+    own = dict((dataset_json.get("zept") or {}).get("knowledge") or {})
+    unseen = {normalize_name(u.name): u for u in declared_unseen(dict(dataset_json), source)}
+    texts = describe_all(
+        Taxonomy.from_dataset_json(dict(dataset_json), source),
+        {name: text for name, text in own.items() if normalize_name(name) not in unseen},
+    )
+    for key, tumor in unseen.items() if with_unseen else ():
+        text = next((t for name, t in own.items() if normalize_name(name) == key), None)
+        texts[tumor.name] = describe(tumor.name, tumor.hosts, text)
+    return texts
+
+
+def declared_source(dataset_json: Mapping[str, Any], source: str = "dataset.json") -> KnowledgeSource:
+    """The vectors that dataset.json names under `zept.vectors`, else the package's.
+
+    Raises:
+        ZePTError: the file cannot be read.
+    """
+    path = declared_vectors(dataset_json, source)
+    return built_in() if path is None else KnowledgeSource(read_vectors(path))
 
 
 def unlabeled_organs(taxonomy: Taxonomy) -> tuple[str, ...]:
@@ -184,9 +215,13 @@ def add_tumor_to_block(
     hosts: tuple[str, ...],
     label: int,
     description: str | None = None,
-    encoder: TextEncoder | None = None,
+    source: KnowledgeSource | None = None,
 ) -> dict[str, Any]:
     """A copy of `block` with one more tumor, marked as added after training.
+
+    Args:
+        description: replaces the built-in one.
+        source: of its vector; default: the package's vectors and encoder.
 
     Raises:
         ZePTError: the model's queries are learned per class, and it has none for abnormal tissue in the hosts; or the
@@ -198,7 +233,8 @@ def add_tumor_to_block(
             "means training again. Train with ZePTTrainer, whose queries are generated from descriptions"
         )
     taxonomy = Taxonomy.from_dict(block["taxonomy"]).with_tumor(name, label, hosts)
-    bank = KnowledgeBank.from_dict(block["knowledge"]).with_class(name, description or describe(name, hosts), encoder)
+    texts = {name: describe(name, hosts, description)}
+    bank = KnowledgeBank.from_dict(block["knowledge"]).with_classes(texts, source or built_in())
     return {
         **block,
         "taxonomy": taxonomy.to_dict(),

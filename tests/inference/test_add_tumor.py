@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from tests.inference.model_folder import make_model_folder, read_json, write_checkpoint
+from tests.knowledge.small_bert import save_small_bert
 from tests.small_plans import DATASET_JSON, make_network
+from zept_nnunet.cli import main
 from zept_nnunet.commands import add_tumor as command
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors, declared_requests
@@ -193,7 +196,7 @@ def test_bad_requests_write_nothing(model: Path, requests: list[TumorRequest], m
 def test_bad_outputs(model: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for output, message in (
-        (model, "never changes a model in place"),
+        (model, "no model is changed in place"),
         (tmp_path / "there", "exists already"),
         (model / "inside", "inside each other"),
         (model.parent, "inside each other"),
@@ -256,7 +259,7 @@ def test_second_stage_of_a_cascade(model: Path) -> None:
 
 
 def test_interrupted_writing_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import zept_nnunet.inference.add_tumor as module
+    import zept_nnunet.inference.model_folder as module
 
     def fail(*_: Any) -> bool:
         raise KeyboardInterrupt
@@ -265,6 +268,120 @@ def test_interrupted_writing_leaves_nothing(model: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         add_tumors(model, [PANCREAS])
     assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+def test_a_full_disk_leaves_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import zept_nnunet.inference.model_folder as module
+
+    def full(*_: Any) -> bool:
+        raise OSError(28, "No space left on device", "checkpoint_final.pth")
+
+    monkeypatch.setattr(module, "_link", full)
+    assert main(["add-tumor", str(model), "--name", "pancreas tumor"]) == 1
+    assert "No space left on device (checkpoint_final.pth)" in capsys.readouterr().err
+    assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+# ---------------------------------------------------------------------------------------------------- descriptions
+def vector(folder: Path, name: str) -> list[float]:
+    return read_json(folder / "plans.json")["zept"]["knowledge"]["vectors"][name]
+
+
+def test_like_takes_a_built_in_description(model: Path) -> None:
+    added = add_tumors(model, [TumorRequest("odd growth", ("spleen",), like="Hepatic metastases")])
+    again = add_tumors(added.folder, [TumorRequest("liver metastasis", ("liver",))])
+    assert vector(again.folder, "odd growth") == vector(again.folder, "liver metastasis")
+    text = read_json(added.folder / "dataset.json")["zept"]["knowledge"]["odd growth"]
+    assert text.startswith("liver metastasis.")
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (TumorRequest("odd growth", ("liver",), like="liver metastasys"), "did you mean 'liver metastasis'"),
+        (TumorRequest("odd growth", ("liver",), "dark", like="HCC"), "give one of both"),
+        (TumorRequest("odd growth", ("liver",), "dark " * 20_000), "20000 words"),
+        (TumorRequest("odd growth", ("liver",), "unscharf begrenzte Raumforderung in der Milz"), "wanted English"),
+    ],
+)
+def test_descriptions_that_are_refused(model: Path, request_: TumorRequest, message: str) -> None:
+    with pytest.raises(ZePTError, match=message):
+        add_tumors(model, [request_])
+    assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+def test_an_encoder_of_another_width(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bert = save_small_bert(tmp_path / "bert")
+    assert main(["add-tumor", str(model), "--name", "pancreas tumor", "--encoder", str(bert)]) == 1
+    assert "width 384); got bert" in capsys.readouterr().err
+    damaged = tmp_path / "v.safetensors"
+    damaged.write_bytes(b"damaged")
+    assert main(["add-tumor", str(model), "--name", "pancreas tumor", "--vectors", str(damaged)]) == 1
+    assert "no readable safetensors file" in capsys.readouterr().err
+    assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+def test_a_model_of_another_encoder_takes_tumors_by_that_encoder(tmp_path: Path) -> None:
+    bert, path = save_small_bert(tmp_path / "bert"), tmp_path / "v.safetensors"
+    assert main(["knowledge", "encode", "--encoder", str(bert), "-o", str(path)]) == 0
+    model = make_model_folder(tmp_path, DATASET_JSON | {"zept": {"vectors": str(path)}})
+    name = ["--name", "pancreas tumor", "--description", "a dark mass"]
+    with pytest.raises(ZePTError, match="no vector for the text of"):
+        add_tumors(model, [TumorRequest("pancreas tumor", None, "a dark mass")])
+    assert main(["add-tumor", str(model), *name, "--encoder", str(bert)]) == 0
+    assert len(vector(model.parent / "ZePTTrainer__nnUNetPlans_plus__3d_fullres", "pancreas tumor")) == 16
+
+
+# ---------------------------------------------------------------------------------------------------- the check
+def test_a_tumor_that_would_change_the_others_is_not_written(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zept_nnunet.network.zept import ZePT
+
+    everything = lambda self, is_added: ZePT_visibility(self, [False] * len(is_added))  # noqa: E731
+    ZePT_visibility = ZePT._visibility
+    monkeypatch.setattr(ZePT, "_visibility", everything)  # as if trained queries attended to an added one
+    with pytest.raises(ZePTError, match="would come out differently"):
+        add_tumors(model, [PANCREAS])
+    assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+# ---------------------------------------------------------------------------------------------------- several folders
+def second_model(model: Path, name: str = "ZePTTrainer__nnUNetPlans__3d_lowres") -> Path:
+    other = model.parent / name
+    shutil.copytree(model, other)
+    return other
+
+
+def test_several_folders_all_or_none(model: Path) -> None:
+    other = second_model(model)
+    argv = ["add-tumor", str(model), str(other), "--name", "pancreas tumor"]
+    (other / "fold_1" / "checkpoint_final.pth").write_bytes(b"broken")
+    assert main(argv) == 1
+    assert sorted(p.name for p in model.parent.iterdir()) == [model.name, other.name]
+    shutil.copyfile(model / "fold_1" / "checkpoint_final.pth", other / "fold_1" / "checkpoint_final.pth")
+    assert main([*argv, "-o", "x"]) == 1
+    assert main(argv) == 0
+    assert len(list(model.parent.glob("*nnUNetPlans_plus__3d_*"))) == 2
+
+
+def test_an_ensembles_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = second_model(model)
+    ensemble = model.parent / "ensembles" / f"ensemble___{model.name}___{other.name}___0_1"
+    ensemble.mkdir(parents=True)
+    for name in ("plans.json", "dataset.json"):
+        shutil.copyfile(model / name, ensemble / name)
+    (ensemble / "postprocessing.pkl").write_bytes(b"pkl")
+    assert main(["add-tumor", str(ensemble), "--name", "pancreas tumor"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("--save_probabilities") == 2 and "nnUNetv2_ensemble" in out
+    plus = [f.name.replace("nnUNetPlans", "nnUNetPlans_plus") for f in (model, other)]
+    grown = ensemble.parent / f"ensemble___{plus[0]}___{plus[1]}___0_1"
+    assert (grown / "postprocessing.pkl").read_bytes() == b"pkl"
+    assert read_json(grown / "dataset.json")["labels"]["pancreas tumor"] == 6
+    shutil.rmtree(other)
+    assert main(["add-tumor", str(ensemble), "--name", "pancreas cyst"]) == 1
+    assert "not there" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -1,12 +1,17 @@
-"""`zept add-tumor`: a trained model folder becomes one that also reports an unseen tumor."""
+"""`zept add-tumor` and `zept remove-tumor`: a trained model folder with, or again without, an unseen tumor."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from zept_nnunet.errors import ZePTError
+
+if TYPE_CHECKING:
+    from zept_nnunet.inference.add_tumor import AddedTumors
+    from zept_nnunet.knowledge import KnowledgeSource
 
 
 class _StartTumor(argparse.Action):
@@ -23,7 +28,7 @@ class _StartTumor(argparse.Action):
 
 
 class _ExtendTumor(argparse.Action):
-    """`--host`, `--description`, `--label`: belong to the `--name` before them."""
+    """`--host`, `--description`, `--like`, `--label`: belong to the `--name` before them."""
 
     def __call__(
         self,
@@ -44,22 +49,48 @@ class _ExtendTumor(argparse.Action):
 
 
 def register(subparsers: Any) -> None:
-    """Add the subcommand."""
+    """Add both subcommands."""
     parser = subparsers.add_parser(
         "add-tumor",
         help="add a tumor that the model has never seen to a trained model folder",
         description="Write a new model folder that also reports the named tumors, for nnUNetv2_predict and the other "
-        "nnU-Net commands. The old folder stays as it is. --host, --description, --label belong to the --name before.",
+        "nnU-Net commands. The old folder stays as it is. --host, --description, --like, --label belong to the --name "
+        "before.",
     )
-    parser.add_argument("model_folder", metavar="MODEL_FOLDER", help="TRAINER__PLANS__CONFIGURATION")
+    _add_shared(parser)
     parser.add_argument("--name", action=_StartTumor, help="name of the new class; may be given several times")
     parser.add_argument("--host", action=_ExtendTumor, help="organ that it grows in; may be given several times")
     parser.add_argument("--description", action=_ExtendTumor, help="what it looks like, in words")
+    parser.add_argument("--like", action=_ExtendTumor, help="use this built-in description (zept knowledge list)")
     parser.add_argument("--label", action=_ExtendTumor, type=int, help="its label value (default: the next free one)")
     parser.add_argument("--declared", action="store_true", help="add all that dataset.json lists under zept.unseen")
-    parser.add_argument("-o", metavar="FOLDER", default=None, help="output folder (default: sibling ..._plus__...)")
-    parser.add_argument("--copy", action="store_true", help="copy the checkpoints instead of hard links")
+    vectors = parser.add_mutually_exclusive_group()
+    vectors.add_argument("--encoder", metavar="NAME", help="the model's text encoder: Hugging Face name or folder")
+    vectors.add_argument("--vectors", metavar="FILE", type=Path, help="vectors that zept knowledge encode wrote")
     parser.set_defaults(func=run, tumors=[])
+
+    parser = subparsers.add_parser(
+        "remove-tumor",
+        help="the inverse of add-tumor",
+        description="Write a new model folder without the named tumors, which add-tumor had added. Without any added "
+        "tumor, plans.json and dataset.json are those of training, byte by byte.",
+    )
+    _add_shared(parser)
+    parser.add_argument("--name", action="append", default=[], help="an added tumor; may be given several times")
+    parser.set_defaults(func=run_remove)
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model_folder",
+        metavar="MODEL_FOLDER",
+        type=Path,
+        nargs="+",
+        help="TRAINER__PLANS__CONFIGURATION, with all its folds; several of them; or an ensemble's folder "
+        "(ensembles/ensemble___…): all or none are changed",
+    )
+    parser.add_argument("-o", metavar="FOLDER", default=None, help="output folder (default: a sibling)")
+    parser.add_argument("--copy", action="store_true", help="copy the checkpoints instead of hard links")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,23 +99,67 @@ def run(args: argparse.Namespace) -> int:
 
     if args.declared == bool(args.tumors):
         raise ZePTError("add-tumor wants either --name NAME --host ORGAN … or --declared")
-    if args.declared:
-        requests = declared_requests(args.model_folder)
+    named = [
+        TumorRequest(t["name"], tuple(t["hosts"]) or None, t.get("description"), t.get("label"), t.get("like"))
+        for t in args.tumors
+    ]
+    knowledge = _knowledge(args)
+
+    def add(folder: Path) -> AddedTumors:
+        requests = declared_requests(folder) if args.declared else named
+        return add_tumors(folder, requests, args.o, args.copy, knowledge)
+
+    return _change(args, add, "added")
+
+
+def run_remove(args: argparse.Namespace) -> int:
+    """Remove the tumors and say which added ones are left."""
+    from zept_nnunet.inference.remove_tumor import remove_tumors
+
+    return _change(args, lambda folder: remove_tumors(folder, args.name, args.o, args.copy), "left")
+
+
+def _knowledge(args: argparse.Namespace) -> KnowledgeSource | None:
+    """The source of vectors that the options name; None: the model's own."""
+    from zept_nnunet.knowledge import KnowledgeSource
+    from zept_nnunet.knowledge.encoders import HuggingFaceEncoder
+    from zept_nnunet.knowledge.vectors import read_vectors
+
+    if args.vectors is not None:
+        return KnowledgeSource(read_vectors(args.vectors))
+    return None if args.encoder is None else KnowledgeSource(encoder=lambda: HuggingFaceEncoder(args.encoder))
+
+
+def _change(args: argparse.Namespace, change: Callable[[Path], AddedTumors], done: str) -> int:
+    from zept_nnunet.inference.several_folders import change_all, change_ensemble, is_ensemble
+
+    folders: list[Path] = args.model_folder
+    several = len(folders) > 1 or is_ensemble(folders[0])
+    if several and args.o is not None:
+        raise ZePTError("-o names one folder, and there are several models; leave it out: each gets a sibling")
+    if len(folders) > 1 and any(map(is_ensemble, folders)):
+        raise ZePTError("an ensemble's folder stands for all of its members: give it alone")
+    if is_ensemble(folders[0]):
+        changed, ensemble = change_ensemble(folders[0], change)
     else:
-        requests = [
-            TumorRequest(t["name"], tuple(t["hosts"]) or None, t.get("description"), t.get("label"))
-            for t in args.tumors
-        ]
-    added = add_tumors(args.model_folder, requests, args.o, copy_checkpoints=args.copy)
-    for name, label, hosts in added.tumors:
-        print(f"added {name!r}: label {label}, host {', '.join(hosts) if hosts else 'whole body'}")
-    for note in added.notes:
-        print(f"note: {note}")
-    print(f"model folder: {added.folder}")
-    parts = added.folder.name.split("__")
-    if args.o is None and len(parts) == 3:
-        dataset = added.folder.parent.name
-        print(f"next: nnUNetv2_predict -d {dataset} -tr {parts[0]} -p {parts[1]} -c {parts[2]} -i INPUT -o OUTPUT")
-    else:
-        print(f"next: nnUNetv2_predict_from_modelfolder -m {added.folder} -i INPUT -o OUTPUT")
+        changed, ensemble = change_all(folders, change), None
+    for one in changed:
+        for name, label, hosts in one.tumors:
+            print(f"{done} {name!r}: label {label}, host {', '.join(hosts) if hosts else 'whole body'}")
+        for note in one.notes:
+            print(f"note: {note}")
+        print(f"model folder: {one.folder}")
+    for one in changed:
+        parts = one.folder.name.split("__")
+        if args.o is None and len(parts) == 3:
+            dataset, probabilities = one.folder.parent.name, " --save_probabilities" if ensemble else ""
+            print(
+                f"next: nnUNetv2_predict -d {dataset} -tr {parts[0]} -p {parts[1]} -c {parts[2]} -i INPUT -o OUTPUT"
+                f"{probabilities}"
+            )
+        else:
+            print(f"next: nnUNetv2_predict_from_modelfolder -m {one.folder} -i INPUT -o OUTPUT")
+    if ensemble is not None:
+        print("then: nnUNetv2_ensemble -i OUTPUT_1 OUTPUT_2 -o OUTPUT")
+        print(f"ensemble's folder: {ensemble}")
     return 0

@@ -1,47 +1,53 @@
-"""A tumor for a trained model folder: a new model folder that also reports it.
+"""A tumor for a trained model: a new model folder that also reports it.
 
-No weight changes. A class lives in plans.json and dataset.json, so these two are rewritten and the checkpoints are
-linked. Everything is checked before the first byte is written, and the folder appears under its name only when it is
-complete.
+No weight changes. Everything is checked before the first byte is written, and on a small input that the classes which
+the model had come out as before.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
 from zept_nnunet import plans_block
 from zept_nnunet.declarations import declared_hosts
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.inference.model_folder import (
+    check_checkpoints,
+    folds,
+    output,
+    read_json,
+    refuse_cascade,
+    write_model,
+)
+from zept_nnunet.inference.unchanged import check_unchanged
+from zept_nnunet.knowledge import KnowledgeSource
+from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.labels import read_labels
 from zept_nnunet.names import infer_hosts, normalize_name
 from zept_nnunet.taxonomy import Taxonomy, declared_unseen
 
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
-_FOLD_FILES = ("debug.json", "progress.png", "network_architecture.pdf", "validation/summary.json")
-_CROSSVAL_FILES = ("summary.json", "postprocessing.pkl", "postprocessing.json")
-_FINGERPRINT_KEY = ".seg_layers.fingerprint"
+# what dataset.json holds that an added tumor changes; the plans keep it, for `zept remove-tumor`
+CHANGED_KEYS = ("labels", "regions_class_order", "zept")
 
 
 @dataclass(frozen=True)
 class TumorRequest:
-    """One tumor to add. What is None is taken from the model's `zept.unseen`, else inferred or chosen."""
+    """One tumor to add. What is None is taken from the model's `zept.unseen`, else inferred or chosen.
+
+    `like`: the name of a built-in description to use.
+    """
 
     name: str
     hosts: tuple[str, ...] | None = None
     description: str | None = None
     label: int | None = None
+    like: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def declared_requests(model_folder: str | os.PathLike[str]) -> list[TumorRequest
         ZePTError: no model folder, or nothing is declared.
     """
     folder = Path(model_folder)
-    dataset_json = _read_json(folder / "dataset.json")
+    dataset_json = read_json(folder / "dataset.json")
     requests = [TumorRequest(t.name) for t in declared_unseen(dataset_json)]
     if not requests:
         raise ZePTError(
@@ -76,6 +82,7 @@ def add_tumors(
     requests: Sequence[TumorRequest],
     output_folder: str | os.PathLike[str] | None = None,
     copy_checkpoints: bool = False,
+    knowledge: KnowledgeSource | None = None,
 ) -> AddedTumors:
     """Write a model folder that also reports the requested tumors. The old folder stays as it is.
 
@@ -84,44 +91,63 @@ def add_tumors(
         requests: the tumors, each with a name of its own.
         output_folder: any new folder; None: the sibling `TRAINER__PLANS_plus__CONFIGURATION`.
         copy_checkpoints: copy the checkpoints even where they could be hard links.
+        knowledge: of the tumors' vectors, by the encoder of the model's; default: what the model's dataset.json names
+            under `zept.vectors`, else the package's.
 
     Raises:
         ZePTError: something in the folder or in a request does not fit; nothing has been written then.
     """
     source = Path(model_folder)
-    plans, dataset_json = _read_json(source / "plans.json"), _read_json(source / "dataset.json")
+    plans, dataset_json = read_json(source / "plans.json"), read_json(source / "dataset.json")
     block = plans_block.read_block(plans, str(source / "plans.json"))
-    target, plans_name = _output(source, output_folder, plans)
-    folds = _folds(source)
-    configuration = _check_checkpoints(source, folds, block)
-    _refuse_cascade(source, plans, configuration)
+    target, plans_name = output(source, output_folder, plans, lambda name: f"{name}_plus")
+    trained_folds = folds(source)
+    configuration = check_checkpoints(source, trained_folds, block)
+    refuse_cascade(source, plans, configuration)
 
     if not requests:
         raise ZePTError("no tumor to add: give --name NAME --host ORGAN, or --declared")
     taxonomy = Taxonomy.from_dict(block["taxonomy"])
-    resolved = _assign_labels([_complete(r, taxonomy, dataset_json, source) for r in requests], dataset_json, source)
+    resolved = assign_labels([_complete(r, taxonomy, dataset_json, source) for r in requests], dataset_json, source)
+    knowledge = knowledge or plans_block.declared_source(dataset_json, str(source / "dataset.json"))
     notes: list[str] = []
+    before = {
+        "plans_name": plans.get("plans_name"),
+        "taxonomy": block["taxonomy"],
+        "dataset_json": {key: dataset_json[key] for key in CHANGED_KEYS if key in dataset_json},
+    }
     new_dataset_json = copy.deepcopy(dataset_json)
     for request in resolved:
         assert request.hosts is not None and request.label is not None
-        block = plans_block.add_tumor_to_block(block, request.name, request.hosts, request.label, request.description)
-        _extend_dataset_json(new_dataset_json, request)
+        block = plans_block.add_tumor_to_block(
+            block, request.name, request.hosts, request.label, request.description, knowledge
+        )
+        extend_dataset_json(new_dataset_json, request)
     old_ignore, ignore = (d["labels"].get("ignore") for d in (dataset_json, new_dataset_json))
     if ignore is not None:
         notes.append(
             f"the ignore label moved from {old_ignore} to {ignore}, as nnU-Net wants it above all others: references "
             f"that hold {old_ignore} as ignore cannot be evaluated with this model's dataset.json"
         )
+    block = {"before": before, **block}
     _check_agreement(block, new_dataset_json, source)
     new_plans = {**plans, "plans_name": plans_name, "zept": block}
 
-    linked = _write(source, target, folds, new_plans, new_dataset_json, copy_checkpoints)
+    linked = write_model(
+        source,
+        target,
+        trained_folds,
+        new_plans,
+        new_dataset_json,
+        copy_checkpoints,
+        lambda built: check_unchanged(source, built, configuration),
+    )
     if linked:
         notes.append(
             f"the checkpoints are hard links to those in {source}: training there again changes this model too "
             "(--copy makes copies)"
         )
-    skipped = sorted({p.name for p in source.glob("fold_*") if p.is_dir()} - set(folds))
+    skipped = sorted({p.name for p in source.glob("fold_*") if p.is_dir()} - set(trained_folds))
     if skipped:
         notes.append(f"left out, as they hold no checkpoint yet: {', '.join(skipped)}")
     tumors = tuple((r.name, int(r.label or 0), tuple(r.hosts or ())) for r in resolved)
@@ -129,103 +155,6 @@ def add_tumors(
 
 
 # ---------------------------------------------------------------------------------------------------- the old folder
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ZePTError(
-            f"{path.parent} is not a model folder: it holds no {path.name}. Wanted: the folder "
-            "TRAINER__PLANS__CONFIGURATION under nnUNet_results that nnUNetv2_train has written"
-        )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ZePTError(f"{path} is no valid JSON ({error}); restore the file") from error
-
-
-def _output(source: Path, output_folder: str | os.PathLike[str] | None, plans: Mapping[str, Any]) -> tuple[Path, str]:
-    """The new folder's path and the name that its plans get."""
-    plans_name = f"{plans.get('plans_name', 'nnUNetPlans')}_plus"
-    here = source.resolve()
-    if output_folder is None:
-        parts = here.name.split("__")
-        if len(parts) != 3:
-            raise ZePTError(
-                f"{source} is not named TRAINER__PLANS__CONFIGURATION, so the new folder's name cannot be derived from "
-                "it; give one with -o"
-            )
-        plans_name = f"{parts[1]}_plus"
-        target = here.parent / "__".join((parts[0], plans_name, parts[2]))
-    else:
-        target = Path(output_folder).absolute()
-        parts = target.name.split("__")
-        if len(parts) == 3:  # a folder that -p is to find
-            plans_name = parts[1]
-    resolved = target.resolve()
-    if resolved == here:
-        raise ZePTError(f"add-tumor never changes a model in place, and {target} is the model itself; give another -o")
-    if here in resolved.parents or resolved in here.parents:
-        raise ZePTError(
-            f"the output {target} and the model {source} lie inside each other; give another folder with -o"
-        )
-    if os.path.lexists(target):
-        raise ZePTError(f"the output {target} exists already; remove it, or give another folder with -o")
-    return target, plans_name
-
-
-def _folds(source: Path) -> list[str]:
-    folds = [p.name for p in sorted(source.glob("fold_*")) if any((p / c).is_file() for c in CHECKPOINTS)]
-    if not folds:
-        raise ZePTError(
-            f"{source} holds no trained fold: wanted fold_*/{CHECKPOINTS[0]} or fold_*/{CHECKPOINTS[1]}. "
-            "Train the model first"
-        )
-    return folds
-
-
-def _check_checkpoints(source: Path, folds: Iterable[str], block: Mapping[str, Any]) -> str:
-    """Every checkpoint belongs to the folder's plans. Returns the configuration."""
-    wanted = list(plans_block.fingerprint(block))
-    configuration = ""
-    for path in (source / f / c for f in folds for c in CHECKPOINTS):
-        if not path.is_file():
-            continue
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-            weights, init_args = checkpoint["network_weights"], checkpoint["init_args"]
-        except Exception as error:  # whatever an unreadable file raises
-            raise ZePTError(f"{path} is no readable checkpoint of nnU-Net ({error}); train this fold again") from error
-        found = [value for key, value in weights.items() if f".{key}".endswith(_FINGERPRINT_KEY)]
-        if not found:
-            trainer = checkpoint.get("trainer_name", "another trainer")
-            raise ZePTError(
-                f"{path} was trained by {trainer}, not by a ZePT trainer: its network has no queries to add to. "
-                "Train with -tr ZePTTrainer"
-            )
-        if found[0].tolist() != wanted:
-            raise ZePTError(
-                f"{path} was trained with other classes, knowledge or decoder settings than {source / 'plans.json'} "
-                f"describes{_which(init_args, block)}. All folds of a model must share them: train this fold again, or "
-                "restore the plans.json that belongs to it"
-            )
-        configuration = init_args["configuration"]
-    return configuration
-
-
-def _which(init_args: Mapping[str, Any], block: Mapping[str, Any]) -> str:
-    """What differs, where the checkpoint says it."""
-    theirs = (init_args.get("plans") or {}).get("zept") if isinstance(init_args.get("plans"), Mapping) else None
-    return f" (differs in: {', '.join(plans_block.differences(theirs, block))})" if theirs else ""
-
-
-def _refuse_cascade(source: Path, plans: Mapping[str, Any], configuration: str) -> None:
-    if PlansManager(dict(plans)).get_configuration(configuration).previous_stage_name is None:
-        return
-    raise ZePTError(
-        f"{source} is the second stage of a cascade ({configuration}): its first convolution has one input channel per "
-        "label, so a new label does not fit its weights. Add the tumor to a 3d_fullres, 3d_lowres or 2d model instead, "
-        "and keep feeding this cascade with the predictions of the 3d_lowres model as it was trained"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- the requests
 def _complete(request: TumorRequest, taxonomy: Taxonomy, dataset_json: Mapping[str, Any], source: Path) -> TumorRequest:
     """Fill in hosts, label and description; hosts in the taxonomy's spelling."""
@@ -254,7 +183,10 @@ def _complete(request: TumorRequest, taxonomy: Taxonomy, dataset_json: Mapping[s
     labels = read_labels(dict(dataset_json), str(source / "dataset.json"))
     by_label = {o.label: o.name for o in taxonomy.organs}
     hosts = declared_hosts(list(hosts or ()), labels, by_label, f"{source / 'dataset.json'}, host of {name!r}")
-    description = request.description if request.description is not None else described
+    if request.like is not None and request.description is not None:
+        raise ZePTError(f"{name!r}: --like takes a built-in description, --description brings one; give one of both")
+    description = _like(request.like) if request.like is not None else request.description
+    description = description if description is not None else described
     if description is not None and not description.strip():
         raise ZePTError(f"{name!r}: the description is empty; write a sentence or leave --description out")
     return TumorRequest(
@@ -263,6 +195,19 @@ def _complete(request: TumorRequest, taxonomy: Taxonomy, dataset_json: Mapping[s
         description,
         request.label if request.label is not None else (declared.label if declared else None),
     )
+
+
+def _like(name: str) -> str:
+    """The built-in description of that name."""
+    entry = catalog().find(name)
+    if entry is None:
+        near = catalog().nearest(name)
+        raise ZePTError(
+            f"--like {name!r}: no built-in description of that name"
+            + (f"; did you mean {', '.join(map(repr, near))}?" if near else "")
+            + " `zept knowledge list` shows all"
+        )
+    return entry.text
 
 
 def _label_values(dataset_json: Mapping[str, Any]) -> set[int]:
@@ -278,7 +223,7 @@ def _has_regions(dataset_json: Mapping[str, Any]) -> bool:
     return any(isinstance(v, list | tuple) and len(v) > 1 for v in dataset_json["labels"].values())
 
 
-def _assign_labels(
+def assign_labels(
     requests: Sequence[TumorRequest], dataset_json: Mapping[str, Any], source: Path
 ) -> list[TumorRequest]:
     """Give each request its label and sort by it; plain labels stay consecutive, of regions a label may leave a gap."""
@@ -311,7 +256,7 @@ def _assign_labels(
 
 
 # ---------------------------------------------------------------------------------------------------- the new folder
-def _extend_dataset_json(dataset_json: dict[str, Any], request: TumorRequest) -> None:
+def extend_dataset_json(dataset_json: dict[str, Any], request: TumorRequest) -> None:
     """Add the label (or region), in place; what was declared unseen becomes a tumor."""
     labels = dataset_json["labels"]
     label, key = int(request.label or 0), normalize_name(request.name)
@@ -347,61 +292,3 @@ def _check_agreement(block: Mapping[str, Any], dataset_json: dict[str, Any], sou
             f"{source / 'dataset.json'} and {source / 'plans.json'} do not describe the same classes:\n"
             f"{theirs.table()}\nagainst\n{ours.table()}\nRestore the dataset.json that the model was trained with"
         )
-
-
-def _write(
-    source: Path,
-    target: Path,
-    folds: Iterable[str],
-    plans: Mapping[str, Any],
-    dataset_json: Mapping[str, Any],
-    copy_checkpoints: bool,
-) -> bool:
-    """Build the folder under a name of its own beside `target`, then rename. True: something is a hard link."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
-    linked = False
-    try:
-        building.mkdir()
-        for name, content in (("plans.json", plans), ("dataset.json", dataset_json)):
-            (building / name).write_text(json.dumps(content, indent=4), encoding="utf-8")
-        _copy(source, building, "dataset_fingerprint.json")
-        for fold in folds:
-            for name in _FOLD_FILES:
-                _copy(source / fold, building / fold, name)
-            for name in CHECKPOINTS:
-                if (source / fold / name).is_file():
-                    linked |= _link(source / fold / name, building / fold / name, copy_checkpoints)
-        for crossval in sorted(source.glob("crossval_results_folds_*")):
-            # determined on the trained labels: it goes on to hold for them, and leaves the added one alone
-            for name in _CROSSVAL_FILES:
-                _copy(crossval, building / crossval.name, name)
-            for name in ("plans.json", "dataset.json"):
-                if (crossval / name).is_file():
-                    _copy(building, building / crossval.name, name)
-        if os.path.lexists(target):
-            raise ZePTError(f"the output {target} appeared while it was being built; remove it, or give another -o")
-        building.rename(target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    return linked
-
-
-def _copy(source: Path, target: Path, name: str) -> None:
-    if (source / name).is_file():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
-
-
-def _link(source: Path, target: Path, copy_instead: bool) -> bool:
-    """True: hard link. Where the file system has none, a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not copy_instead:
-        try:
-            os.link(source, target)
-            return True
-        except OSError:
-            pass
-    shutil.copyfile(source, target)
-    return False

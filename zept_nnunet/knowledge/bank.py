@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.knowledge.encoders import PlaceholderEncoder, TextEncoder, describe
-from zept_nnunet.names import normalize_name
-from zept_nnunet.taxonomy import Taxonomy
+from zept_nnunet.knowledge.source import KnowledgeSource
+from zept_nnunet.knowledge.texts import Description
 
 _DECIMALS = 6  # plain JSON, the same number on every machine
 
@@ -35,40 +34,14 @@ class KnowledgeBank:
     vectors: Mapping[str, list[float]]
 
     @classmethod
-    def build(
-        cls,
-        taxonomy: Taxonomy,
-        descriptions: Mapping[str, str] | None = None,
-        encoder: TextEncoder | None = None,
-    ) -> KnowledgeBank:
-        """Encode every class of `taxonomy`; `descriptions` (by class name) replace the generated texts.
+    def build(cls, descriptions: Mapping[str, Description], source: KnowledgeSource) -> KnowledgeBank:
+        """The vectors of some classes, by class name.
 
         Raises:
-            ZePTError: a description names a class that the taxonomy does not hold, or is empty.
+            ZePTError: a class has no vector and its text cannot be encoded.
         """
-        encoder = encoder if encoder is not None else PlaceholderEncoder()
-        given = {normalize_name(name): text for name, text in (descriptions or {}).items()}
-        texts: dict[str, str] = {}
-        for organ in taxonomy.organs:
-            texts[organ.name] = given.pop(normalize_name(organ.name), describe(organ.name))
-        for tumor in taxonomy.tumors:
-            texts[tumor.name] = given.pop(normalize_name(tumor.name), describe(tumor.name, tumor.hosts))
-        if given:
-            raise ZePTError(
-                f"zept.knowledge describes classes that are no labels: {sorted(given)}; labels: {list(texts)}"
-            )
-        empty = [name for name, text in texts.items() if not text.strip()]
-        if empty:
-            raise ZePTError(
-                f"zept.knowledge: the description of {empty} is empty; write a sentence or remove the entry"
-            )
-        vectors = encoder.encode(list(texts.values()))
-        return cls(
-            encoder.name,
-            encoder.revision,
-            encoder.width,
-            {name: _quiet(vector) for name, vector in zip(texts, vectors, strict=True)},
-        )
+        empty = cls(source.name, source.revision, source.width, {})
+        return empty.with_classes(descriptions, source)
 
     def matrix(self, names: Iterable[str]) -> np.ndarray:
         """The vectors of `names`, float32, shape (len(names), width).
@@ -82,21 +55,19 @@ class KnowledgeBank:
             raise ZePTError(f"no knowledge vector for {missing}; the plans hold vectors for {list(self.vectors)}")
         return np.array([self.vectors[name] for name in names], dtype=np.float32).reshape(len(names), self.width)
 
-    def with_class(self, name: str, text: str, encoder: TextEncoder | None = None) -> KnowledgeBank:
-        """A bank that also holds `name`, encoded by the encoder that made the others.
+    def with_classes(self, descriptions: Mapping[str, Description], source: KnowledgeSource) -> KnowledgeBank:
+        """A bank that also holds these classes, their vectors from the encoder that made the others.
 
         Raises:
-            ZePTError: the encoder is not the one of this bank.
+            ZePTError: the source's encoder is not the one of this bank, or a text cannot be encoded.
         """
-        encoder = encoder if encoder is not None else PlaceholderEncoder()
-        if (encoder.name, encoder.revision, encoder.width) != (self.encoder, self.revision, self.width):
+        if (source.name, source.revision, source.width) != (self.encoder, self.revision, self.width):
             raise ZePTError(
                 f"the model's vectors were made by {self.encoder} (revision {self.revision}, width {self.width}); "
-                f"got {encoder.name} (revision {encoder.revision}, width {encoder.width}). Use the model's encoder"
+                f"got {source.name} (revision {source.revision}, width {source.width}). Use the model's encoder"
             )
-        return KnowledgeBank(
-            self.encoder, self.revision, self.width, {**self.vectors, name: _quiet(encoder.encode([text])[0])}
-        )
+        found = {name: _quiet(vector) for name, vector in source.vectors(descriptions).items()}
+        return replace(self, vectors={**self.vectors, **found})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON (the vectors print as their length)."""

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.inference.model_folder import make_model_folder, read_json
+from tests.inference.test_add_tumor import PANCREAS, REGIONS
+from tests.small_plans import DATASET_JSON
+from zept_nnunet.cli import main
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors, declared_requests
+from zept_nnunet.inference.remove_tumor import remove_tumors
+
+DECLARED: dict[str, Any] = DATASET_JSON | {
+    "zept": {
+        "unseen": {"pancreas tumor": {"hosts": ["pancreas"], "label": 6}},
+        "knowledge": {"pancreas tumor": "round", "liver": "large"},
+    },
+    "licence": "x",
+}
+IGNORE: dict[str, Any] = DATASET_JSON | {"labels": {**DATASET_JSON["labels"], "ignore": 6}}
+
+
+def json_files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("plans.json", "dataset.json")}
+
+
+@pytest.mark.parametrize(
+    "dataset_json", [DATASET_JSON, REGIONS, DECLARED, IGNORE], ids="plain regions zept ignore".split()
+)
+@pytest.mark.parametrize("layout", [{"indent": 4}, {"indent": 2, "ensure_ascii": False}, {}])
+def test_removing_all_gives_the_trained_model_back_to_the_bit(
+    tmp_path: Path, dataset_json: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    model = make_model_folder(tmp_path, dataset_json, folds=(0,))
+    for name in ("plans.json", "dataset.json"):
+        (model / name).write_text(json.dumps(read_json(model / name), **layout), encoding="utf-8")
+    first = add_tumors(model, declared_requests(model) if dataset_json is DECLARED else [TumorRequest("liver cyst")])
+    second = add_tumors(first.folder, [TumorRequest("spleen lesion", ("spleen",), "dark, with a müde edge")])
+    back = remove_tumors(second.folder, [t[0] for t in (*first.tumors, *second.tumors)], tmp_path / "back")
+    assert json_files(back.folder) == json_files(model) and back.tumors == ()
+    checkpoint = "fold_0/checkpoint_final.pth"
+    assert (back.folder / checkpoint).read_bytes() == (model / checkpoint).read_bytes()
+
+
+def test_one_of_two_is_removed_as_if_it_had_never_been_added(tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path, folds=(0,))
+    cyst = TumorRequest("spleen cyst", ("spleen",), "thin wall")
+    both = add_tumors(model, [PANCREAS, cyst], tmp_path / "both")
+    left = remove_tumors(both.folder, ["Pancreas_Tumour"], tmp_path / "A__nnUNetPlans_plus__3d_fullres")
+    alone = add_tumors(model, [cyst])
+    assert left.tumors == (("spleen cyst", 6, ("spleen",)),)  # it moves up from 7
+    assert json_files(left.folder) == json_files(alone.folder)
+
+
+def test_the_default_output_is_the_folder_without_plus(tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path, folds=(0,))
+    plus = add_tumors(model, [PANCREAS]).folder
+    before = json_files(model)
+    argv = ["remove-tumor", str(plus), "--name", "pancreas tumor"]
+    assert main(argv) == 1  # the trained model stands there
+    model.rename(tmp_path / "elsewhere")
+    assert main(argv) == 0
+    assert json_files(model) == before
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "no tumor to remove"),
+        (["liver_tumor"], "was trained, and only added tumors can be removed"),
+        (["liver"], "was trained"),
+        (["odd"], r"'odd' is no class of the model; added are: \['pancreas tumor'\]"),
+    ],
+)
+def test_bad_requests_write_nothing(tmp_path: Path, names: list[str], message: str) -> None:
+    plus = add_tumors(make_model_folder(tmp_path, folds=(0,)), [PANCREAS]).folder
+    before = sorted(p.name for p in plus.parent.iterdir())
+    with pytest.raises(ZePTError, match=message):
+        remove_tumors(plus, names, tmp_path / "back")
+    assert sorted(p.name for p in plus.parent.iterdir()) == before and not (tmp_path / "back").exists()
+
+
+def test_a_trained_model_has_nothing_to_remove(tmp_path: Path) -> None:
+    with pytest.raises(ZePTError, match="added are: none"):
+        remove_tumors(make_model_folder(tmp_path, folds=(0,)), ["liver_tumor"], tmp_path / "back")

@@ -1,0 +1,121 @@
+"""`zept knowledge`, in this process; once as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.knowledge.small_bert import save_small_bert
+from tests.small_plans import DATASET_JSON
+from zept_nnunet.cli import main
+from zept_nnunet.knowledge.catalog import catalog
+from zept_nnunet.knowledge.vectors import read_vectors
+from zept_nnunet.plans_block import build_block
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nnUNet_raw with dataset 999, whose liver tumor is described by the user."""
+    folder = tmp_path / "raw" / "Dataset999_Small"
+    folder.mkdir(parents=True)
+    unseen = {"unseen": {"pancreas tumor": {"hosts": ["pancreas"]}}, "knowledge": {"liver_tumor": "a dark mass"}}
+    (folder / "dataset.json").write_text(json.dumps(DATASET_JSON | {"zept": unseen}))
+    monkeypatch.setattr("zept_nnunet.commands.taxonomy.find_dataset_json", lambda _: folder / "dataset.json")
+    return folder
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["knowledge", "list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(catalog())
+    assert main(["knowledge", "list", "--kind", "tumor", "--host", "renal"]) == 1
+    assert main(["knowledge", "list", "--host", "Kidneys"]) == 0
+    out = capsys.readouterr().out
+    assert "tumor  clear cell renal cell carcinoma  [kidney]" in out and "hepato" not in out
+
+
+def test_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["knowledge", "show", "cancer", "--host", "liver"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("liver tumor (tumor;") and "mimics: " in out and "source: " in out
+    assert main(["knowledge", "show", "spleem", "tumor"]) == 1
+    assert "did you mean 'spleen tumor'" in capsys.readouterr().err
+
+
+def test_check(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["knowledge", "check"]) == 0
+    assert "schema, names and vectors in order" in capsys.readouterr().out
+    (tmp_path / "more.yaml").write_text("entries: {liver: {kind: organ}}")
+    assert main(["knowledge", "check", str(tmp_path / "more.yaml")]) == 1
+    assert "'location' is a required property" in capsys.readouterr().err
+    monkeypatch.setitem(catalog().entries["liver"].sections, "ct", "Edited.")  # type: ignore[arg-type]
+    assert main(["knowledge", "check"]) == 1
+    assert "zept knowledge encode -o" in capsys.readouterr().err
+
+
+def test_check_of_a_dataset(capsys: pytest.CaptureFixture[str], dataset: Path) -> None:
+    assert main(["knowledge", "check", "-d", "999"]) == 0
+    out = capsys.readouterr().out
+    assert "liver_tumor: own: a dark mass" in out and "pancreas tumor: built-in (pancreas tumor)" in out
+
+
+def test_encode_by_another_encoder_and_train_with_it(
+    capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path
+) -> None:
+    bert, out = save_small_bert(tmp_path / "bert"), tmp_path / "out" / "v.safetensors"
+    assert main(["knowledge", "encode", "--encoder", str(bert), "-d", "999", "--text", "odd", "-o", str(out)]) == 0
+    assert f'"vectors": "{out}"' in capsys.readouterr().out
+    file = read_vectors(out)
+    assert (file.encoder, file.width) == ("bert", 16) and len(file.by_text) > 800
+    content = json.loads((dataset / "dataset.json").read_text())
+    content["zept"]["vectors"] = str(out)
+    knowledge = build_block(content)["knowledge"]
+    assert (knowledge["encoder"], knowledge["width"]) == ("bert", 16)
+    content["zept"]["knowledge"]["liver_tumor"] = "a dark mass, edited"
+    with pytest.raises(ValueError, match="zept knowledge encode --encoder bert"):
+        build_block(content)
+    content["zept"]["vectors"] = "v.safetensors"
+    with pytest.raises(ValueError, match="absolute path"):
+        build_block(content)
+
+
+def test_encode_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["knowledge", "encode", "-o", str(tmp_path / "v.npz")]) == 1
+    assert ".safetensors" in capsys.readouterr().err
+    assert main(["knowledge", "encode", "--encoder", str(tmp_path), "-o", str(tmp_path / "v.safetensors")]) == 1
+    assert "cannot load the text encoder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """The system refuses to write more than 4 kB, as a full disk does."""
+    bert = save_small_bert(tmp_path / "bert")
+    out = tmp_path / "v.safetensors"
+    code = (
+        "import resource, signal, sys; from zept_nnunet.cli import main; import transformers, safetensors;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.exit(main(sys.argv[1:]))"
+    )
+    argv = ["knowledge", "encode", "--encoder", str(bert), "-o", str(out)]
+    done = subprocess.run([sys.executable, "-B", "-c", code, *argv], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert str(out) in done.stderr and "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bert"]
+
+
+def test_vectors_of_ones_own(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    names = [n for n in DATASET_JSON["labels"] if n != "background"]
+    rng = np.random.default_rng(0)
+    path = tmp_path / "mine.safetensors"
+    save_file({n: rng.normal(size=8).astype(np.float32) for n in names}, path)
+    dataset_json = DATASET_JSON | {"zept": {"vectors": str(path)}}
+    with pytest.raises(ValueError, match="abnormal pancreas"):  # the query for abnormal tissue needs one too
+        build_block(dataset_json)
+    save_file({n: rng.normal(size=8).astype(np.float32) for n in [*names, "abnormal pancreas"]}, path)
+    assert build_block(dataset_json)["knowledge"]["width"] == 8

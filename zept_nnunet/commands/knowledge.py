@@ -1,0 +1,163 @@
+"""`zept knowledge`: the descriptions of structures and tumors, and their vectors."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from zept_nnunet.errors import ZePTError
+
+
+def register(subparsers: Any) -> None:
+    """Add the subcommand and its own."""
+    parser = subparsers.add_parser(
+        "knowledge",
+        help="list, show, check and encode the descriptions of structures and tumors",
+        description="What the package knows of structures and tumors: the descriptions from which queries are made.",
+    )
+    commands = parser.add_subparsers(dest="knowledge_command", required=True, metavar="COMMAND")
+
+    sub = commands.add_parser("list", help="names of all described structures and tumors")
+    sub.add_argument("--kind", choices=("organ", "tumor"), help="only these")
+    sub.add_argument("--host", help="only tumors of this organ")
+    sub.set_defaults(func=run_list)
+
+    sub = commands.add_parser("show", help="one description, with its synonyms and sources")
+    sub.add_argument("name", nargs="+", help="a name or synonym, as datasets write it")
+    sub.add_argument("--host", action="append", default=[], help='of a "tumor" or "cyst": the organ')
+    sub.set_defaults(func=run_show)
+
+    sub = commands.add_parser(
+        "check",
+        help="check the descriptions, or what a dataset's classes are described by",
+        description="Without an option: schema, synonyms and vectors of the built-in descriptions. Exit status 1 when "
+        "something is wrong.",
+    )
+    sub.add_argument("files", nargs="*", type=Path, help="YAML files to check beside the built-in ones")
+    sub.add_argument("-d", metavar="ID", help="dataset ID or name: what describes each of its classes")
+    sub.set_defaults(func=run_check)
+
+    sub = commands.add_parser(
+        "encode",
+        help="write a file of vectors, by any text encoder",
+        description="Encode all built-in descriptions, those of a dataset's classes and any text given, and write them "
+        'into a file that dataset.json names: "zept": {"vectors": "/absolute/path/FILE"}.',
+    )
+    sub.add_argument("--encoder", metavar="NAME", help="Hugging Face name or local folder (default: the built-in one)")
+    sub.add_argument("-d", metavar="ID", help="dataset ID or name, whose own descriptions are encoded too")
+    sub.add_argument("--text", action="append", default=[], help="one more description; may be given several times")
+    sub.add_argument("-o", metavar="FILE", type=Path, required=True, help="a .safetensors file")
+    sub.set_defaults(func=run_encode)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Print one line an entry."""
+    from zept_nnunet.knowledge.catalog import catalog
+
+    entries = catalog()
+    host = None if args.host is None else entries.find(args.host)
+    if args.host is not None and host is None:
+        raise ZePTError(f"--host {args.host!r}: no described organ of that name; zept knowledge list --kind organ")
+    for entry in sorted(entries, key=lambda e: (e.kind, e.name)):
+        if args.kind not in (None, entry.kind):
+            continue
+        if host is not None and host not in [entries.find(h) for h in entry.hosts]:
+            continue
+        print(f"{entry.kind}  {entry.name}" + (f"  [{', '.join(entry.hosts)}]" if entry.hosts else ""))
+    return 0
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Print an entry."""
+    from zept_nnunet.knowledge.catalog import SECTIONS, catalog
+
+    name = " ".join(args.name)
+    entry = catalog().find(name, args.host)
+    if entry is None:
+        near = catalog().nearest(name)
+        raise ZePTError(
+            f"no description of {name!r}" + (f"; did you mean {', '.join(map(repr, near))}?" if near else "")
+        )
+    print(f"{entry.name} ({entry.kind}; {entry.file})")
+    if entry.hosts:
+        print(f"hosts: {', '.join(entry.hosts)}")
+    if entry.synonyms:
+        print(f"synonyms: {', '.join(entry.synonyms)}")
+    for section in SECTIONS:
+        if section in entry.sections:
+            print(textwrap.fill(entry.sections[section], 110, initial_indent=f"{section}: ", subsequent_indent="  "))
+    for source in entry.sources:
+        print(textwrap.fill(source, 110, initial_indent="source: ", subsequent_indent="  "))
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Print what is wrong, or what describes each class."""
+    from zept_nnunet.knowledge.catalog import catalog, descriptions_folder, read_catalog
+    from zept_nnunet.knowledge.source import built_in
+    from zept_nnunet.knowledge.texts import built_in_texts
+    from zept_nnunet.knowledge.vectors import text_key
+
+    if args.d is not None:
+        return _check_dataset(args.d)
+    if args.files:
+        found = read_catalog([*sorted(descriptions_folder().glob("*.yaml")), *args.files])
+        print(f"{len(found)} descriptions with those of {', '.join(map(str, args.files))}: schema and names in order")
+        return 0
+    entries = catalog()
+    file = built_in().file
+    assert file is not None
+    stale = [text for text in built_in_texts(entries) if text_key(text) not in file.by_text]
+    if stale:
+        raise ZePTError(
+            f"{len(stale)} descriptions were edited since their vectors were made, such as {stale[0][:60]!r}. Encode "
+            f"them again: zept knowledge encode -o {file.path}"
+        )
+    kinds = [entry.kind for entry in entries]
+    print(f"{kinds.count('organ')} organs and {kinds.count('tumor')} tumors: schema, names and vectors in order")
+    return 0
+
+
+def _check_dataset(dataset: str) -> int:
+    from zept_nnunet.commands.taxonomy import find_dataset_json, read_dataset_json
+    from zept_nnunet.plans_block import class_texts, declared_source
+
+    path = find_dataset_json(dataset)
+    dataset_json = read_dataset_json(path)
+    found = class_texts(dataset_json, str(path))
+    source = declared_source(dataset_json, str(path))
+    for name, description in found.items():
+        print(f"{name}: {description.origin}: {textwrap.shorten(description.text, 100, placeholder=' …')}")
+    source.vectors(found)  # raises where one is missing
+    print(f"\nevery class has a vector, by {source.name} (revision {source.revision})")
+    return 0
+
+
+def run_encode(args: argparse.Namespace) -> int:
+    """Encode and write."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from zept_nnunet.commands.taxonomy import find_dataset_json, read_dataset_json
+    from zept_nnunet.knowledge.encoders import HuggingFaceEncoder, TextEncoder
+    from zept_nnunet.knowledge.source import english_encoder
+    from zept_nnunet.knowledge.texts import built_in_texts
+    from zept_nnunet.knowledge.vectors import write_vectors
+    from zept_nnunet.plans_block import class_texts
+
+    if args.o.suffix != ".safetensors":
+        raise ZePTError(f"-o {args.o}: the file's name must end in .safetensors")
+    texts = built_in_texts()
+    if args.d is not None:
+        path = find_dataset_json(args.d)
+        texts += [d.text for d in class_texts(read_dataset_json(path), str(path)).values()]
+    texts = list(dict.fromkeys([*texts, *args.text]))
+    encoder: TextEncoder = english_encoder() if args.encoder is None else HuggingFaceEncoder(args.encoder)
+    import numpy as np
+
+    vectors = np.concatenate([encoder.encode([text]) for text in tqdm(texts, desc="encode", unit="text")])
+    write_vectors(args.o, encoder.name, encoder.revision, texts, vectors)
+    print(f"{len(texts)} vectors of width {encoder.width} by {encoder.name} (revision {encoder.revision}): {args.o}")
+    print(f'to train with them, in dataset.json: "zept": {{"vectors": "{args.o.absolute()}"}}')
+    return 0

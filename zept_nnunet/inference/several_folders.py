@@ -1,0 +1,80 @@
+"""The same change for several model folders, or for the members of an ensemble: all of them or none."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.inference.add_tumor import AddedTumors
+
+_PREFIX = "ensemble___"
+_FILES = ("postprocessing.pkl", "postprocessing.json", "summary.json")
+
+
+def is_ensemble(folder: Path) -> bool:
+    """Whether the folder is one that nnUNetv2_find_best_configuration made for an ensemble."""
+    return folder.resolve().name.startswith(_PREFIX)
+
+
+def members(ensemble: Path) -> list[Path]:
+    """The model folders of an ensemble's folder, `…/DATASET/ensembles/ensemble___MODEL___MODEL___FOLDS`.
+
+    Raises:
+        ZePTError: a member is not there.
+    """
+    dataset = ensemble.resolve().parent.parent
+    found = [dataset / name for name in ensemble.resolve().name.split("___")[1:-1]]
+    missing = [str(path) for path in found if not path.is_dir()]
+    if missing or not found:
+        raise ZePTError(f"the ensemble {ensemble} is made of {[p.name for p in found]}; not there: {missing}")
+    return found
+
+
+def change_all(folders: Sequence[Path], change: Callable[[Path], AddedTumors]) -> list[AddedTumors]:
+    """Change each folder. Where one fails, what was written for the others is removed again."""
+    done: list[AddedTumors] = []
+    try:
+        for folder in folders:
+            done.append(change(folder))
+    except BaseException:
+        for changed in done:
+            shutil.rmtree(changed.folder, ignore_errors=True)
+        raise
+    return done
+
+
+def change_ensemble(ensemble: Path, change: Callable[[Path], AddedTumors]) -> tuple[list[AddedTumors], Path]:
+    """Change every member, and write the ensemble's folder that goes with the new members.
+
+    nnU-Net's postprocessing was determined on the trained classes; it goes on to hold for them.
+
+    Raises:
+        ZePTError: a member is missing or cannot be changed, or the new ensemble's folder exists; nothing is left then.
+    """
+    here = ensemble.resolve()
+    changed = change_all(members(ensemble), change)
+    folds = here.name.split("___")[-1]
+    target = here.parent / "___".join((_PREFIX.rstrip("_"), *(c.folder.name for c in changed), folds))
+    try:
+        if target.exists():
+            raise ZePTError(f"the ensemble's folder {target} exists already; remove it")
+        scratch = target.with_name(f".{target.name}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            scratch.mkdir()
+            for name in _FILES:
+                if (here / name).is_file():
+                    shutil.copyfile(here / name, scratch / name)
+            for name in ("plans.json", "dataset.json"):
+                shutil.copyfile(changed[0].folder / name, scratch / name)
+            scratch.rename(target)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+    except BaseException:
+        for c in changed:
+            shutil.rmtree(c.folder, ignore_errors=True)
+        raise
+    return changed, target

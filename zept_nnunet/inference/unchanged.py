@@ -1,0 +1,59 @@
+"""Does a model with an added tumor say of the other classes what it said before? Asked on a small input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
+
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.inference.model_folder import CHECKPOINTS, read_json
+from zept_nnunet.plans_block import read_block
+from zept_nnunet.taxonomy import Taxonomy
+from zept_nnunet.training.trainer import ZePTTrainer
+
+_TOLERANCE = 1e-3  # in log-odds: sums over another number of queries are rounded differently
+_LEAST_VOXELS = 8  # per axis
+
+
+def check_unchanged(before: Path, after: Path, configuration: str) -> None:
+    """Compare the channels that both models have, fold by fold, on one random input.
+
+    Args:
+        before, after: model folders whose checkpoints hold the same weights; `after` has more classes, or fewer.
+
+    Raises:
+        ZePTError: a logit differs by more than rounding.
+    """
+    for fold in sorted(p.name for p in after.glob("fold_*")):
+        name = next(c for c in CHECKPOINTS if (after / fold / c).is_file())
+        weights = torch.load(after / fold / name, map_location="cpu", weights_only=False, mmap=True)["network_weights"]
+        old, new = (_logits(folder, configuration, weights) for folder in (before, after))
+        difference = max((old[names] - new[names]).abs().max().item() for names in old.keys() & new.keys())
+        if not difference <= _TOLERANCE:
+            raise ZePTError(
+                f"{before / fold}: with the change, the classes that the model had would come out differently (by "
+                f"{difference:.3g} in log-odds on a test input). Nothing was written; please report this"
+            )
+
+
+def _logits(folder: Path, configuration: str, weights: dict[str, Any]) -> dict[tuple[str, ...], Tensor]:
+    """The output of each channel, by the classes that it reports, for a small random input: the same for every call."""
+    manager = PlansManager(read_json(folder / "plans.json"))
+    dataset_json = read_json(folder / "dataset.json")
+    settings = manager.get_configuration(configuration)
+    channels = len(dataset_json.get("channel_names") or dataset_json.get("modality") or {"0": "CT"})
+    heads = manager.get_label_manager(dataset_json).num_segmentation_heads
+    network = ZePTTrainer.build_network_architecture(manager, settings, channels, heads, False)
+    network.load_state_dict(weights)
+    strides = np.prod([np.broadcast_to(s, len(settings.patch_size)) for s in settings.pool_op_kernel_sizes], axis=0)
+    size = [int(s) * max(2, -(-_LEAST_VOXELS // int(s))) for s in strides]
+    x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = network.eval()(x)[0]
+    channels_of = Taxonomy.from_dict(read_block(manager.plans)["taxonomy"]).channels
+    return dict(zip(channels_of, logits, strict=True))

@@ -1,0 +1,183 @@
+"""The descriptions that come with the package: `descriptions/*.yaml`, to be read and edited by radiologists. No torch.
+
+A class is found by its name: the words of an entry's name or of one of its synonyms, in any order and case, singular or
+plural, "l" and "r" for the sides. A tumor that a dataset calls "cancer" or "tumor" is found by its host organ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.names import is_generic_tumor, name_key
+
+SECTIONS = ("location", "shape", "structure", "ct", "healthy", "mimics")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One described structure or tumor. `hosts` of a tumor are names of organs; of an organ there are none."""
+
+    name: str
+    kind: str  # "organ" or "tumor"
+    sections: Mapping[str, str]
+    hosts: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()  # whole citations
+    file: str = ""
+
+    @property
+    def text(self) -> str:
+        """What is encoded: the name, then each section."""
+        return " ".join([f"{self.name}.", *(self.sections[s] for s in SECTIONS if s in self.sections)])
+
+
+class Catalog:
+    """Entries by name and synonym."""
+
+    def __init__(self, entries: Iterable[Entry]):
+        """Index the entries.
+
+        Raises:
+            ZePTError: two entries share a name or a synonym; the message lists all that do.
+        """
+        self.entries: dict[str, Entry] = {}
+        self._by_key: dict[tuple[str, ...], Entry] = {}
+        collisions = []
+        for entry in entries:
+            self.entries.setdefault(entry.name, entry)
+            for name in (entry.name, *entry.synonyms):
+                other = self._by_key.setdefault(name_key(name), entry)
+                if other is not entry:
+                    collisions.append(f"{name!r} ({other.name!r} and {entry.name!r})")
+        if collisions:
+            raise ZePTError(f"names that stand for more than one description: {', '.join(collisions)}; remove one each")
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries.values())
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def find(self, name: str, hosts: Sequence[str] = ()) -> Entry | None:
+        """The entry that a class name stands for; None where nothing fits.
+
+        Args:
+            name: as a dataset writes it: "kidney_tumour", "Lung_Upper_Lobe_L", "cancer".
+            hosts: of a tumor. They tell what "cancer" means: of ["liver"], the liver tumor.
+        """
+        found = self._by_key.get(name_key(name))
+        if found is not None or not is_generic_tumor(name):
+            return found
+        candidates = {id(e): e for e in (self._of_host(name, host) for host in hosts) if e is not None}
+        return next(iter(candidates.values())) if len(candidates) == 1 else None
+
+    def _of_host(self, name: str, host: str) -> Entry | None:
+        """ "cyst" in "right kidney" → "kidney cyst" (or "right kidney cyst"); other tumor words → "… tumor"."""
+        organ = self._by_key.get(name_key(host))
+        names = [host] + ([organ.name] if organ else [])
+        names += [" ".join(w for w in name_key(n) if w not in ("left", "right")) for n in names]
+        kind = "cyst" if "cyst" in name_key(name) else "tumor"
+        return next((e for n in names if (e := self._by_key.get(name_key(f"{n} {kind}"))) is not None), None)
+
+    def nearest(self, name: str, number: int = 3) -> list[str]:
+        """Names that look like `name`, for an error message."""
+        from difflib import get_close_matches
+
+        known = {n: e.name for e in self for n in (e.name, *e.synonyms)}
+        return list(dict.fromkeys(known[n] for n in get_close_matches(name.lower(), known, number, 0.5)))
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The entries of one file.
+
+    Raises:
+        ZePTError: it is no YAML, or not as `schema.json` wants it; the message names the entry.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        raise ZePTError(f"cannot read {path} ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ZePTError(f"{path} is no valid YAML: {error}") from error
+    problems = sorted(Draft202012Validator(_schema()).iter_errors(content), key=lambda e: list(map(str, e.path)))
+    if problems:
+        where = [f"{' > '.join(map(str, e.path)) or 'the file'}: {e.message}" for e in problems[:10]]
+        raise ZePTError(f"{path} is not as schema.json wants it:\n  " + "\n  ".join(where))
+    sources = content.get("sources", {})
+    entries = []
+    for name, entry in content["entries"].items():
+        missing = [key for key in entry.get("sources", ()) if key not in sources]
+        if missing:
+            raise ZePTError(f"{path}, {name!r}: cites {missing}, which 'sources' at the top of the file does not hold")
+        entries.append(
+            Entry(
+                name,
+                entry["kind"],
+                {s: " ".join(entry[s].split()) for s in SECTIONS if s in entry},
+                tuple(entry.get("hosts", ())),
+                tuple(entry.get("synonyms", ())),
+                tuple(sources[key] for key in entry.get("sources", ())),
+                path.name,
+            )
+        )
+    return entries
+
+
+@cache
+def catalog() -> Catalog:
+    """Every description that comes with the package."""
+    return read_catalog(sorted(descriptions_folder().glob("*.yaml")))
+
+
+def read_catalog(paths: Iterable[Path]) -> Catalog:
+    """The entries of several files, checked together.
+
+    Raises:
+        ZePTError: a file cannot be read, names collide, or a tumor's host is not described.
+    """
+    found = Catalog(entry for path in paths for entry in read_entries(path))
+    for entry in found:
+        unknown = [h for h in entry.hosts if (e := found.find(h)) is None or e.kind != "organ"]
+        if unknown:
+            raise ZePTError(f"{entry.file}, {entry.name!r}: its hosts {unknown} are no described organs")
+    return found
+
+
+def descriptions_folder() -> Path:
+    """Where the package's YAML files stand."""
+    return Path(str(resources.files("zept_nnunet.knowledge") / "descriptions"))
+
+
+@cache
+def dataset_labels() -> dict[str, dict[str, str]]:
+    """Public datasets → their label names → entries, where a name alone does not tell ("cancer" of MSD Lung)."""
+    path = Path(str(resources.files("zept_nnunet.knowledge") / "dataset_labels.yaml"))
+    content: dict[str, dict[str, str]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    schema: dict[str, Any] = json.loads((resources.files("zept_nnunet.knowledge") / "schema.json").read_text("utf-8"))
+    return schema
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML where a key that stands twice is an error, not a silent loss."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"stands there twice: {twice}", node.start_mark)
+        return super().construct_mapping(node, deep)
