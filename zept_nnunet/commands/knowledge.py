@@ -51,6 +51,21 @@ def register(subparsers: Any) -> None:
     sub.add_argument("-o", metavar="FILE", type=Path, required=True, help="a .safetensors file")
     sub.set_defaults(func=run_encode)
 
+    sub = commands.add_parser(
+        "retrieve",
+        help="does each query of a trained model find its own description?",
+        description="Compare what each query took from the images (without what it was generated from) with "
+        "descriptions: rank of its own among the model's classes and among all built-in ones, for seen and unseen "
+        "classes. Writes retrieval.csv, summary.csv and embeddings.png.",
+    )
+    sub.add_argument("-m", metavar="MODEL_FOLDER", type=Path, required=True, help="TRAINER__PLANS__CONFIGURATION")
+    sub.add_argument("-i", metavar="IMAGES", type=Path, required=True, help="folder with CASE_0000 files")
+    sub.add_argument("-o", metavar="FOLDER", type=Path, required=True, help="output folder")
+    sub.add_argument("-f", nargs="+", default=["0"], metavar="FOLD", help="folds (default: 0)")
+    sub.add_argument("-chk", default="checkpoint_final.pth", metavar="NAME", help="name of the checkpoints")
+    sub.add_argument("-device", default="cpu", choices=("cpu", "cuda", "mps"))
+    sub.set_defaults(func=run_retrieve)
+
 
 def run_list(args: argparse.Namespace) -> int:
     """Print one line an entry."""
@@ -160,4 +175,46 @@ def run_encode(args: argparse.Namespace) -> int:
     write_vectors(args.o, encoder.name, encoder.revision, texts, vectors)
     print(f"{len(texts)} vectors of width {encoder.width} by {encoder.name} (revision {encoder.revision}): {args.o}")
     print(f'to train with them, in dataset.json: "zept": {{"vectors": "{args.o.absolute()}"}}')
+    return 0
+
+
+def run_retrieve(args: argparse.Namespace) -> int:
+    """Embed, rank, write and print."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from zept_nnunet.evaluation.retrieval import plot_embeddings, retrieval_table, summarize
+    from zept_nnunet.inference.embeddings import embed_cases
+    from zept_nnunet.inference.model_folder import read_json
+    from zept_nnunet.knowledge import KnowledgeBank, built_in
+    from zept_nnunet.knowledge.catalog import catalog
+    from zept_nnunet.knowledge.vectors import text_key
+    from zept_nnunet.plans_block import read_block
+    from zept_nnunet.taxonomy import Taxonomy
+
+    block = read_block(read_json(args.m / "plans.json"), str(args.m / "plans.json"))
+    taxonomy = Taxonomy.from_dict(block["taxonomy"])
+    bank = KnowledgeBank.from_dict(block["knowledge"])
+    own = {c.name: bank.matrix([c.name])[0] for c in taxonomy.classes}
+    candidates = {"model's classes": own}
+    known = built_in()
+    if (known.name, known.revision) == (bank.encoder, bank.revision) and known.file is not None:
+        texts = {f"built-in: {e.name}": known.file.by_text[text_key(e.text)] for e in catalog()}
+        matrix = np.stack([*own.values()])
+        others = {n: v for n, v in texts.items() if np.abs(matrix - v).max(1).min() > 1e-4}  # not those of a class
+        candidates["all descriptions"] = own | others
+    else:
+        print(f"the model's encoder is {bank.encoder}: only its own classes are compared")
+    unseen = [t.name for t in taxonomy.tumors if t.added]
+    found = embed_cases(args.m, args.i, args.f, args.chk, torch.device(args.device))
+    cases = list(tqdm(found, desc="embed", unit="scan"))
+    table = retrieval_table(cases, candidates, unseen)
+    args.o.mkdir(parents=True, exist_ok=True)
+    summary = summarize(table)
+    table.to_csv(args.o / "retrieval.csv", index=False)
+    summary.to_csv(args.o / "summary.csv", float_format="%.4f")
+    plot_embeddings(cases, own, unseen, args.o / "embeddings.png")
+    print(summary.round(3).to_string())
+    print(f"written: {args.o}")
     return 0

@@ -176,6 +176,24 @@ class ZePT(nn.Module):
             "support": support.clamp(-limit, limit),
         }
 
+    def forward_embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the alignment compares with descriptions: the image's part of each query, in knowledge space.
+
+        (B, C, *) → embeddings (B, Q + U, E), and (B, Q + U) how many voxels of the input the organ, or the tumor's
+        hosts, take up: a query says nothing of an organ that is not there. U counts trained and added tumors.
+        """
+        features = self.decoder(self.encoder(x))
+        queries = self._refine(features, self.hosts if self.predict_tumors else ())
+        support, _ = self._organ_maps(queries.organs, features, -1)
+        organs = self._embed(queries.organs, queries.organs_given)
+        voxels = support.float().sigmoid().flatten(2).sum(2)
+        if queries.tumors is None:
+            return organs, voxels
+        everywhere = voxels.new_full((len(voxels),), float(x[0, 0].numel()))
+        of_hosts = [voxels[:, list(h)].sum(1) if h else everywhere for h in self.hosts]
+        tumors = self._embed(queries.tumors, queries.tumors_given)
+        return torch.cat((organs, tumors), 1), torch.cat((voxels, *(v[:, None] for v in of_hosts)), 1)
+
     def _finest_maps(self, x: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """healthy, tumor, support, anomaly at the finest scale."""
         queries = self._refine(features, self.hosts if self.predict_tumors else ())
