@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_self_prompting": {"self_prompting": False},
     "no_score_in_maps": {"score_in_maps": False},
     "no_alignment": {"alignment": False},
+    "shuffled_descriptions": {"descriptions": "shuffled"},
     "learned_queries": {"queries": "learned"},
     "patchwise_score": {"score_range": "patch", "prompt_probability": 0.5},
     "organs_include_tumors": {"organs_include_tumors": True},

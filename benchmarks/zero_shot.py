@@ -268,7 +268,7 @@ def measure(
     settings = {"phantom": phantom_of(dataset)["version"], "size": args.size, "configuration": args.configuration}
     settings |= {"epochs": args.epochs, "iterations": args.iterations, "minutes": args.minutes}
     done = pd.read_csv(results) if results.is_file() else pd.DataFrame(columns=KEY)
-    done = done[_matches(done, settings)]
+    done = done[matches(done, settings)]
     runs = [(m, s) for s in range(args.seeds) for m in methods]
     todo = [(m, s) for m, s in runs if not ((done["method"] == m) & (done["seed"] == s)).any()]
     progress = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run")
@@ -289,7 +289,7 @@ def measure(
             progress.update()
     progress.close()
     table = pd.read_csv(results)
-    return table[_matches(table, settings) & table["method"].isin(methods) & (table["seed"] < args.seeds)]
+    return table[matches(table, settings) & table["method"].isin(methods) & (table["seed"] < args.seeds)]
 
 
 def without_final(table: pd.DataFrame, dataset: Path, final: bool = False) -> pd.DataFrame:
@@ -298,7 +298,8 @@ def without_final(table: pd.DataFrame, dataset: Path, final: bool = False) -> pd
     return table[~table["class"].str.startswith(hidden)] if hidden else table
 
 
-def _matches(table: pd.DataFrame, settings: dict[str, object]) -> pd.Series:
+def matches(table: pd.DataFrame, settings: dict[str, object]) -> pd.Series:
+    """Which rows of a results table belong to a run's settings; None is an empty cell."""
     same = pd.Series(True, index=table.index)
     for name, value in settings.items():
         same &= table[name].isna() if value is None else table[name] == value

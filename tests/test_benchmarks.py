@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from tests.small_plans import DATASET_JSON
 from zept_nnunet.plans_block import DECODER_SETTINGS, TRAINING_SETTINGS, build_block
@@ -48,3 +51,23 @@ def test_every_switch_has_a_variant_that_changes_it(script: ModuleType) -> None:
     switches = set(DECODER_SETTINGS["zept"]) | set(TRAINING_SETTINGS["zept"])
     # the published score is more than a switch: its maps have no healthy logit (ZePTTrainerPaper)
     assert switches - SIZES - {"score"} == switched - SIZES
+
+
+@pytest.mark.parametrize("script", ["descriptions"], indirect=True)
+def test_descriptions_are_ranked_on_the_unseen_tumor_within_its_host(script: ModuleType, tmp_path: Path) -> None:
+    """Two wordings: one whose scores find the tumor, one whose scores find the rest of the spleen."""
+    raw, predictions = tmp_path / "raw", tmp_path / "predictions"
+    for folder in (raw / "labelsTs", predictions):
+        folder.mkdir(parents=True)
+    content = {"labels": {"spleen": 1}, "zept": {"unseen": {"spleen tumor": {"label": 2}}}}
+    (raw / "dataset.json").write_text(json.dumps(content))
+    reference = np.zeros((4, 4, 4), dtype=np.uint8)
+    reference[1:3], reference[1, :2] = 1, 2
+    logits = np.where(reference == 2, 3.0, -3.0) + np.where(reference == 0, 100.0, 0.0)  # outside the host: no matter
+    sitk.WriteImage(sitk.GetImageFromArray(reference), str(raw / "labelsTs" / "a.nii.gz"))
+    names = [f"spleen tumor ({n})" for n in ("short", "generic")]
+    np.savez(predictions / "a_scores.npz", logits=np.stack([logits, -logits]).astype(np.float16), classes=names)
+    table = script.rank(raw, predictions, {"short": "", "generic": ""}).set_index("wording")
+    assert table["AUROC in host"].tolist() == [1.0, 0.0] and table["is_right"].tolist() == [True, False]
+    found, tumor = (logits > 0).sum(), (reference == 2).sum()
+    assert table.loc["short", "DSC"] == pytest.approx(2 * tumor / (found + tumor))

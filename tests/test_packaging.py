@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import configparser
+import shutil
+import subprocess
+import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +44,31 @@ def test_constraints_pin_every_dependency_exactly(setup_cfg: configparser.Config
     wanted = [
         *setup_cfg["options"]["install_requires"].splitlines(),
         *setup_cfg["options.extras_require"]["dev"].splitlines(),
+        *setup_cfg["options.extras_require"]["text"].splitlines(),
     ]
-    names = {w.partition(">")[0].strip().lower() for w in wanted if w.strip() and not w.startswith("#")}
+    wanted = [w for w in wanted if w.strip() and not w.startswith(("#", "zept-nnunet["))]
+    names = {w.partition(">")[0].strip().lower() for w in wanted}
     assert names <= pinned
+
+
+def test_the_wheel_holds_descriptions_and_vectors(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    source = tmp_path / "source"  # setuptools writes into the tree that it builds
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "zept_demo", "build", "*.egg-info", "nnUNet_*"))
+    subprocess.run(command, cwd=source, check=True, capture_output=True, text=True)
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    data = {
+        f.relative_to(ROOT) for f in (ROOT / "zept_nnunet" / "knowledge").rglob("*") if f.suffix not in (".py", ".pyc")
+    }
+    assert {str(f) for f in data if (ROOT / f).is_file()} <= names and len(data) >= 7

@@ -16,7 +16,7 @@ from zept_nnunet.knowledge.vectors import read_vectors
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy, declared_unseen
 
-VERSION = 2
+VERSION = 3
 
 _SHARED = {
     "width": 128,  # D
@@ -52,6 +52,7 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
 _TRAINING = {
     "alignment": True,  # of queries with knowledge; without it those two terms count nothing
     "hiding_probability": 0.0,  # of a batch in which one labeled tumor type is treated as if it had no query
+    "descriptions": "own",  # or "shuffled", a control: organs, and tumors, exchange theirs among each other
     "unlabeled_host_weight": 1.0,  # of voxels of an organ with synthetic anomalies that are none: 0 tells nothing
 }
 TRAINING_SETTINGS: dict[str, dict[str, Any]] = {
@@ -62,6 +63,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "queries": ("generated", "learned"),
     "score": ("calibrated", "minmax"),
     "score_range": ("organ", "patch"),
+    "descriptions": ("own", "shuffled"),
 }
 _SHARES = ("prompt_probability", "hiding_probability", "unlabeled_host_weight")
 
@@ -95,6 +97,10 @@ def build_block(
         abnormal = (*abnormal, *labeled_hosts(taxonomy))
     anomalies = {f"abnormal {o.name}": o.name for o in taxonomy.organs if o.name in abnormal}
     texts |= {name: describe_abnormal(organ) for name, organ in anomalies.items()}
+    if training["descriptions"] == "shuffled":
+        groups = [[o.name for o in taxonomy.organs], [t.name for t in taxonomy.tumors], list(anomalies)]
+        others = {name: group[i - 1] for group in groups for i, name in enumerate(group)}
+        texts = {name: texts[other] for name, other in others.items()}
     bank = KnowledgeBank.build(texts, declared_source(dataset_json, source))
     return {
         "version": VERSION,

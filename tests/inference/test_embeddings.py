@@ -76,5 +76,5 @@ def test_command(model: Path, images: Path, tmp_path: Path, capsys: pytest.Captu
 def test_what_cannot_be_embedded(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ZePTError, match="no images in"):
         next(embed_cases(model, tmp_path))
-    with pytest.raises(ZePTError, match="fold 3 has no checkpoint_final.pth"):
+    with pytest.raises(ZePTError, match=r"fold 3 has no checkpoint_final\.pth"):
         next(embed_cases(model, tmp_path, ("3",)))

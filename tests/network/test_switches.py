@@ -139,3 +139,14 @@ def test_a_hidden_tumor_is_seen_by_no_other_query(dimensions: int, image: torch.
     assert torch.allclose(hidden.support[0], other.support[0], atol=1e-5)
     assert not torch.allclose(hidden.tumor[0][:, spleen], other.tumor[0][:, spleen], atol=1e-5)
     assert not torch.allclose(after.anomaly[0], other.anomaly[0], atol=1e-5)  # seen again
+
+
+def test_shuffled_descriptions_change_whose_text_it_is_and_nothing_else() -> None:
+    own, shuffled = (build_block(deepcopy(DATASET_JSON), settings={"descriptions": d}) for d in ("own", "shuffled"))
+    a, b = (block["knowledge"]["vectors"] for block in (own, shuffled))
+    assert a.keys() == b.keys() and sorted(map(tuple, a.values())) == sorted(map(tuple, b.values()))
+    groups = (("liver", "spleen", "pancreas"), ("liver_tumor", "spleen_tumor"))
+    for group in groups:
+        assert sorted(a[n] for n in group) == sorted(b[n] for n in group)
+        assert all(a[n] != b[n] for n in group)
+    assert own["decoder"] == shuffled["decoder"] and own["taxonomy"] == shuffled["taxonomy"]
