@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,11 @@ class ZePTPlanner(ExperimentPlanner):
 
     Patch and batch fit the GPU budget with the query decoder in it: it asks for maps per class at every scale, and for
     tokens, keys and values at the scales where queries look at the image. Everything else is nnU-Net's default.
+
+    `settings`: of the decoder or the training, where a preset's differ from the defaults.
     """
+
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -41,7 +47,9 @@ class ZePTPlanner(ExperimentPlanner):
             overwrite_target_spacing,
             suppress_transpose,
         )
-        self.block = build_block(self.dataset_json, source=f"{self.raw_dataset_folder}/dataset.json")
+        self.block = build_block(
+            self.dataset_json, source=f"{self.raw_dataset_folder}/dataset.json", settings=self.settings
+        )
 
     # upstream's is static, and called through the instance
     def static_estimate_VRAM_usage(

@@ -232,3 +232,24 @@ def test_segmentation_of_annotated_classes(batch_dice: bool, with_ignore: bool) 
         term = 1 - np.mean(dice) + reference.cross_entropy(np.concatenate(z), np.concatenate(y))
         total, pairs = total + len(cases) * term, pairs + len(cases)
     equal(AnnotatedDiceBCE(batch_dice)(logits, target, is_annotated, is_valid), total / pairs)
+
+
+@pytest.mark.parametrize("mask_shape", [None, (2, 5, 40), (1, 5, 40), (5, 40)])
+def test_few_queries_attend_as_many_do(mask_shape: tuple[int, ...] | None) -> None:
+    """The short way for few queries gives what the long way gives, and so do its gradients."""
+    torch.manual_seed(0)
+    attention = Attention(64, 4).double()
+    q = torch.randn(2, 5, 64, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 40, 64, dtype=torch.float64, requires_grad=True)
+    mask = None
+    if mask_shape is not None:
+        mask = torch.rand(mask_shape) > 0.5
+        mask[..., 0] = True
+    more = q.expand(2, 5, 64).repeat(1, 4, 1)  # the same queries four times: too many for the short way
+    wide = None if mask is None else mask.repeat(*[1] * (mask.ndim - 2), 4, 1)
+    results = []
+    for out in (attention(q, x, mask), attention(more, x, wide)[:, :5]):
+        gradients = torch.autograd.grad(out.square().sum(), (q, x, attention.to_v.weight, attention.to_k.weight))
+        results.append((out, *gradients))
+    for short, long in zip(*results, strict=True):
+        torch.testing.assert_close(short, long, rtol=0, atol=1e-12)

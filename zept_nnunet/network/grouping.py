@@ -46,9 +46,11 @@ class GroupingBlock(nn.Module):
         q = q + self.attention(self.norm(q), x)
         if not self.groups:
             return q + self.feed_forward(q)
-        scores = self.to_q(q) @ self.to_k(x).transpose(1, 2) / q.shape[-1] ** 0.5  # (B, N, V)
+        # (W_q q)·(W_k x) = (W_kᵀ W_q q)·x and Σ_j Â W_v x = W_v Σ_j Â x: there are far fewer queries than voxels
+        scores = (self.to_q(q) @ self.to_k.weight) @ x.transpose(1, 2) / q.shape[-1] ** 0.5  # (B, N, V)
         assignment = assign(scores, self.temperature, noisy=self.training)
         # G = W_o[Σ_j Â W_v x / (Σ_j Â + 1)] + q
-        gathered = assignment @ self.to_v(x) / (assignment.sum(-1, keepdim=True) + 1)
+        voxels = assignment.sum(-1, keepdim=True)
+        gathered = (assignment @ x @ self.to_v.weight.T + voxels * self.to_v.bias) / (voxels + 1)
         grouped = self.to_out(gathered) + q
         return grouped + self.feed_forward(grouped)

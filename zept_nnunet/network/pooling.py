@@ -12,12 +12,15 @@ from torch import Tensor
 def mean_of_neighbors(x: Tensor, kernel: Sequence[int]) -> Tensor:
     """Mean over the voxels of a box that lie on the grid: (B, C, *) → (B, C, *).
 
-    Padded by hand: PyTorch's pooling refuses an axis shorter than the kernel, padding or not.
+    Padded by hand where PyTorch's pooling refuses: an axis shorter than the kernel.
 
     Args:
         kernel: odd, of each of the 2 or 3 axes.
     """
     pool = F.avg_pool3d if x.ndim == 5 else F.avg_pool2d
+    if all(size >= k for size, k in zip(x.shape[2:], kernel, strict=True)):
+        half = tuple(k // 2 for k in kernel)
+        return pool(x, tuple(kernel), stride=1, padding=half, count_include_pad=False)
     around = [k // 2 for k in reversed(kernel) for _ in range(2)]
     inside = torch.ones_like(x[:1, :1])
     return pool(F.pad(x, around), tuple(kernel), stride=1) / pool(F.pad(inside, around), tuple(kernel), stride=1)

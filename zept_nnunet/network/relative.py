@@ -184,11 +184,11 @@ class RelativeFeatures(nn.Module):
         w = weights.flatten(0, 1)[:, None]  # (B·Q, 1, /)
         plain = pooled[:, None].expand(-1, organs, *pooled.shape[1:]).flatten(0, 1)  # (B·Q, C, /)
         w = w + 1e-4
-        scales, numerator, denominator, passes = [plain], plain * w, w, 0
+        scales, sums, passes = [plain], torch.cat((plain * w, w), 1), 0
         for wanted in _SMOOTHINGS[1:]:
             while passes < wanted:
-                numerator, denominator, passes = self._box(numerator), self._box(denominator), passes + 1
-            scales.append(numerator / denominator)
+                sums, passes = self._box(sums), passes + 1
+            scales.append(sums[:, :-1] / sums[:, -1:])
         return torch.cat(scales, 1).view(batch, organs, -1, *pooled.shape[2:])
 
     def _box(self, x: Tensor) -> Tensor:

@@ -178,6 +178,7 @@ class ZePTTrainer(KeepsSides):
             ],
             lr=self.initial_lr,
             betas=BETAS,
+            fused=self.device.type in ("cpu", "cuda"),
         )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
