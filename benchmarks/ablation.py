@@ -4,7 +4,7 @@
 
 Variants differ by settings of the plans' `zept` block alone (docs/method.md); data, split, seeds and evaluation are
 those of zero_shot.py, and so is the workspace, whose phantom and preprocessed data serve both. A run appends its
-figures to results/ablation.csv and is skipped when they are there. Figures on the final-unseen types are not printed:
+figures to results/ablation.csv and is skipped when they are there. Figures on the final-unseen types are left out:
 variants are chosen on the development-unseen type.
 """
 
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zero_shot import PLANS, Workspace, arguments, measure, minutes_of, parse, print_table, without_final
+from zero_shot import PLANS, Workspace, arguments, measure, minutes_of, parse, print_table
 
 from zept_nnunet.plans_block import build_block
 
@@ -57,7 +57,7 @@ def main() -> None:
         workspace.zept(variant, plans, seed, dataset)
         return minutes_of(workspace, variant, seed, plans)
 
-    print_table(without_final(measure(workspace, dataset, args.variants, one, RESULTS), dataset), with_groups=False)
+    print_table(measure(workspace, dataset, args.variants, one, RESULTS))
 
 
 if __name__ == "__main__":

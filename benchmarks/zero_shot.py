@@ -5,7 +5,8 @@
 Every method gets the same data, plans, split and budget, and is judged by the same evaluation. Seeds are those of the
 training; the phantom is one (its version stands in its dataset.json). A run appends its figures to
 results/zero_shot.csv and is skipped when they are there; a killed run goes on where it stopped. Figures on the
-final-unseen types are left out unless --final asks for them: variants are chosen on the development-unseen type.
+final-unseen types are left out unless --final asks for them, and then stand in results/zero_shot_final.csv: variants
+are chosen on the development-unseen type.
 
 With a time budget (--minutes) the same table is made for equal wall-clock instead of equal iterations; then --jobs must
 stay 1, or methods would take the time from each other.
@@ -33,6 +34,7 @@ from zept_nnunet.commands.trainers_path import trainers_path
 from zept_nnunet.training.budget import training_minutes
 
 RESULTS = Path(__file__).parent / "results" / "zero_shot.csv"
+FINAL_RESULTS = RESULTS.with_name("zero_shot_final.csv")
 PHANTOM, SUPERVISED = 900, 901
 PLANNER, PLANS = "ZePTSmallPlanner", "ZePTSmallPlans"
 ZEPT_TRAINER = "ZePTTrainerBudget"
@@ -238,7 +240,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def main() -> None:
     parser = arguments(__doc__, METHODS, "methods")
-    parser.add_argument("--final", action="store_true", help="print the final-unseen types too")
+    parser.add_argument("--final", action="store_true", help="the final-unseen types too")
     args = parse(parser)
     workspace = Workspace((args.workspace / args.size).resolve(), args)
     dataset = workspace.prepare()
@@ -248,7 +250,9 @@ def main() -> None:
         return minutes_of(workspace, method, seed)
 
     table = measure(workspace, dataset, args.methods, one, RESULTS)
-    print_table(without_final(table, dataset, args.final), args.final)
+    if args.final:
+        table = pd.concat([table, measure(workspace, dataset, args.methods, one, FINAL_RESULTS, final=True)])
+    print_table(table)
 
 
 def phantom_of(dataset: Path) -> dict[str, Any]:
@@ -258,11 +262,18 @@ def phantom_of(dataset: Path) -> dict[str, Any]:
 
 
 def measure(
-    workspace: Workspace, dataset: Path, methods: Sequence[str], one: Callable[[str, int], float], results: Path
+    workspace: Workspace,
+    dataset: Path,
+    methods: Sequence[str],
+    one: Callable[[str, int], float],
+    results: Path,
+    final: bool = False,
 ) -> pd.DataFrame:
     """Run each method with each seed, unless its rows are in `results`; returns their rows.
 
-    `one` trains and predicts, and returns the minutes of the training.
+    Args:
+        one: trains and predicts, and returns the minutes of the training.
+        final: rows of the final-unseen types, and of the groups that hold them, in place of all others.
     """
     args = workspace.args
     settings = {"phantom": phantom_of(dataset)["version"], "size": args.size, "configuration": args.configuration}
@@ -277,7 +288,7 @@ def measure(
         method, seed = run
         minutes = one(method, seed)
         rows = workspace.evaluate(method, seed)
-        rows = rows[rows["case"].isin(("mean", "pooled"))]
+        rows = rows[rows["case"].isin(("mean", "pooled")) & (concerns_final(rows["class"], dataset) == final)]
         rows = rows[["case", "class", "seen", "scope", "metric", "value", "unit", "ci_low", "ci_high"]]
         return rows.assign(**settings, method=method, seed=seed, training_minutes=round(minutes, 2), device=args.device)
 
@@ -292,10 +303,9 @@ def measure(
     return table[matches(table, settings) & table["method"].isin(methods) & (table["seed"] < args.seeds)]
 
 
-def without_final(table: pd.DataFrame, dataset: Path, final: bool = False) -> pd.DataFrame:
-    """Without the rows of the final-unseen types, unless they are asked for."""
-    hidden = () if final else tuple(phantom_of(dataset)["final_unseen"])
-    return table[~table["class"].str.startswith(hidden)] if hidden else table
+def concerns_final(classes: pd.Series, dataset: Path) -> pd.Series:
+    """Which names are those of final-unseen types, a stratum of one, or a group of unseen tumors, which holds them."""
+    return classes.str.startswith((*phantom_of(dataset)["final_unseen"], "(unseen"))
 
 
 def matches(table: pd.DataFrame, settings: dict[str, object]) -> pd.Series:
@@ -306,12 +316,10 @@ def matches(table: pd.DataFrame, settings: dict[str, object]) -> pd.Series:
     return same
 
 
-def print_table(table: pd.DataFrame, with_groups: bool) -> None:
+def print_table(table: pd.DataFrame) -> None:
     """One row a method and class: mean ± standard deviation over the seeds."""
     keys = pd.Series([*zip(table["case"], table["scope"], table["metric"], strict=True)], index=table.index)
     table = table.assign(column=keys.map(SHOWN)).dropna(subset="column")
-    if not with_groups:  # the group of unseen tumors would hold the final types
-        table = table[~table["class"].str.startswith("(unseen")]
     over_seeds = table.groupby(["class", "method", "column"])["value"]
     shown = over_seeds.mean().map("{:.3f}".format) + " ± " + over_seeds.std().map("{:.3f}".format)
     print(shown.unstack("column").fillna("-").to_string())

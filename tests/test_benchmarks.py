@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
 
@@ -71,3 +73,35 @@ def test_descriptions_are_ranked_on_the_unseen_tumor_within_its_host(script: Mod
     assert table["AUROC in host"].tolist() == [1.0, 0.0] and table["is_right"].tolist() == [True, False]
     found, tumor = (logits > 0).sum(), (reference == 2).sum()
     assert table.loc["short", "DSC"] == pytest.approx(2 * tumor / (found + tumor))
+
+
+@pytest.mark.parametrize("script", ["zero_shot"], indirect=True)
+def test_final_unseen_types_stay_out_of_the_table_until_they_are_asked_for(script: ModuleType, tmp_path: Path) -> None:
+    record = {"version": 2, "final_unseen": ["pancreas tumor"]}
+    (tmp_path / "dataset.json").write_text(json.dumps({"zept_phantom": record}))
+    names = [
+        "liver tumor",
+        "pancreas tumor",
+        "pancreas tumor [CNR < 7]",
+        "pancreas",
+        "(unseen tumors)",
+        "(seen tumors)",
+    ]
+    report = pd.DataFrame({"case": "mean", "class": names, "seen": True, "scope": "host", "metric": "auroc"})
+    report = report.assign(value=0.5, unit="fraction", ci_low=0.4, ci_high=0.6)
+    args = argparse.Namespace(size="tiny", configuration="2d", epochs=1, iterations=1, minutes=None, seeds=2, jobs=1,
+                              device="cpu")  # fmt: skip
+    workspace = SimpleNamespace(args=args, evaluate=lambda method, seed: report)
+    runs: list[tuple[str, int]] = []
+
+    def one(method: str, seed: int) -> float:
+        runs.append((method, seed))
+        return 1.0
+
+    found = {}
+    for final in (False, True, False):
+        out = tmp_path / f"{final}.csv"
+        found[final] = script.measure(workspace, tmp_path, ["a", "b"], one, out, final=final)
+    assert runs == [("a", 0), ("b", 0), ("a", 1), ("b", 1)] * 2  # the third time its rows were there
+    assert set(found[False]["class"]) == {"liver tumor", "pancreas", "(seen tumors)"} and len(found[False]) == 12
+    assert set(found[True]["class"]) == {"pancreas tumor", "pancreas tumor [CNR < 7]", "(unseen tumors)"}
