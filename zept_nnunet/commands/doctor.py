@@ -75,6 +75,7 @@ def findings() -> Iterator[Finding]:
         yield from check_disk(variable)
     yield check_trainers_variable()
     yield check_discovery()
+    yield check_knowledge()
     yield check_device()
 
 
@@ -102,6 +103,22 @@ def check_nnunet() -> Finding:
     except ZePTError as error:
         detail, _, remedy = str(error).partition(". ")
         return Finding("nnunetv2", False, detail, remedy)
+
+
+def check_knowledge() -> Finding:
+    """The built-in vectors, and the encoder for other descriptions, which is optional."""
+    from zept_nnunet.knowledge.source import built_in, english_encoder
+
+    try:
+        source = built_in()
+        number = len(source.file.by_text) if source.file is not None else 0
+    except ZePTError as error:
+        return Finding("descriptions", False, str(error), "install zept-nnunet again")
+    try:
+        more = f"and any other text, by {english_encoder().name}"
+    except ZePTError as error:
+        more = f"built-in ones alone: {error}"
+    return Finding("descriptions", True, f"{number} vectors; {more}")
 
 
 def check_folder(variable: str, must_write: bool) -> Finding:
