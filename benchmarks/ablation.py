@@ -32,6 +32,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_synthetic_anomalies": {"synthetic_anomalies": False},
     "no_relative_features": {"relative": False},
     "hiding": {"hiding_probability": 0.3},
+    "shorter_stage_one": {"stage_one_share": 0.25},
+    "one_stage": {"stage_one_share": 0.0},
+    "half_the_rate": {"learning_rate": 5e-4},
+    "twice_the_rate": {"learning_rate": 2e-3},
+    "warmup": {"warmup_iterations": 250},
+    "more_decay": {"weight_decay": 0.05},
+    "tighter_clipping": {"gradient_norm": 1.0},
     "unlabeled_hosts_left_out": {"unlabeled_host_weight": 0.0},
 }
 

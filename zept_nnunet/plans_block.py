@@ -53,6 +53,11 @@ _TRAINING = {
     "alignment": True,  # of queries with knowledge; without it those two terms count nothing
     "hiding_probability": 0.0,  # of a batch in which one labeled tumor type is treated as if it had no query
     "descriptions": "own",  # or "shuffled", a control: organs, and tumors, exchange theirs among each other
+    "learning_rate": 1e-3,  # of AdamW, at the start of nnU-Net's polynomial schedule
+    "warmup_iterations": 0,  # over which the learning rate rises from zero
+    "weight_decay": 1e-2,  # none on norms, biases and tokens
+    "gradient_norm": 12.0,  # at which gradients are clipped; nnU-Net's
+    "stage_one_share": 0.5,  # of the training, before tumors enter
     "unlabeled_host_weight": 1.0,  # of voxels of an organ with synthetic anomalies that are none: 0 tells nothing
 }
 TRAINING_SETTINGS: dict[str, dict[str, Any]] = {
@@ -65,7 +70,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "score_range": ("organ", "patch"),
     "descriptions": ("own", "shuffled"),
 }
-_SHARES = ("prompt_probability", "hiding_probability", "unlabeled_host_weight")
+_SHARES = ("prompt_probability", "hiding_probability", "unlabeled_host_weight", "stage_one_share")
+_POSITIVE = ("learning_rate", "gradient_norm")  # numbers; the weight decay may be zero
 
 
 def build_block(
@@ -178,11 +184,16 @@ def check_settings(decoder: Mapping[str, Any], training: Mapping[str, Any], sour
                 wish, fits = f"one of {', '.join(_CHOICES[key])}", value in _CHOICES[key]
             elif isinstance(default, bool):
                 wish, fits = "true or false", isinstance(value, bool)
-            elif key in _SHARES:
+            elif key in (*_SHARES, *_POSITIVE, "weight_decay"):
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                wish, fits = "a number from 0 to 1", is_number and 0 <= value <= 1
+                if key in _SHARES:
+                    wish, fits = "a number from 0 to 1", is_number and 0 <= value <= 1
+                elif key in _POSITIVE:
+                    wish, fits = "a number above 0", is_number and 0 < value < float("inf")
+                else:
+                    wish, fits = "a number of 0 or more", is_number and 0 <= value < float("inf")
             else:
-                least = 0 if key == "background_queries" else 1
+                least = 0 if key in ("background_queries", "warmup_iterations") else 1
                 is_whole = isinstance(value, int) and not isinstance(value, bool)
                 wish, fits = f"a whole number of {least} or more", is_whole and value >= least
             if not fits:

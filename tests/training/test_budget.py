@@ -117,11 +117,13 @@ def test_stages_share_the_time() -> None:
     trainer = _Trainer(Budget(minutes=1), done=2)
     trainer.logger.local_logger.my_fantastic_logging["stage"] = [1, 1]
     trainer.fixed_stage, trainer.taxonomy = None, SimpleNamespace(organs=(1,))
+    trainer.settings = {"stage_one_share": 0.5}
     stage_at = ZePTTrainerBudget.stage_at
     assert [stage_at(trainer, e, 0) for e in (0, 1, 2)] == [1, 1, 1]  # type: ignore[arg-type]
     later = _Trainer(Budget(minutes=1), done=3)
     later.logger.local_logger.my_fantastic_logging["stage"] = [1, 1, 1]
     later.fixed_stage, later.taxonomy = None, SimpleNamespace(organs=(1,))
+    later.settings = trainer.settings
     assert [stage_at(later, e, 0) for e in (2, 3)] == [1, 2]  # type: ignore[arg-type]
 
 

@@ -128,6 +128,36 @@ def test_one_epoch_switches_at_half_of_its_iterations(results: Path) -> None:
     assert [trainer.stage_at(0, i) for i in (0, 124, 125, 249)] == [1, 1, 2, 2]
 
 
+def with_settings(trainer: type[ZePTTrainer] = ZePTTrainer, **settings: Any) -> ZePTTrainer:
+    plans = make_plans()
+    plans["zept"] = build_block(deepcopy(DATASET_JSON), settings=settings)
+    return make_trainer(trainer, plans)
+
+
+def test_share_of_stage_one(results: Path) -> None:
+    trainer = with_settings(ZePTTrainer_5epochs, stage_one_share=0.2)
+    assert [trainer.stage_at(e, 0) for e in range(5)] == [1, 2, 2, 2, 2]
+    assert with_settings(ZePTTrainer_5epochs, stage_one_share=0).stage_at(0, 0) == 2
+
+
+def test_the_learning_rate_warms_up_over_iterations_and_follows_the_schedule_after_it(results: Path) -> None:
+    trainer = with_settings(ZePTTrainer_5epochs, warmup_iterations=6, learning_rate=0.5, stage_one_share=0.2)
+    trainer.network, trainer.num_iterations_per_epoch = make_network(), 4
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+    rates: list[float] = []
+    frozen: list[float] = []
+    for trainer.current_epoch in range(3):
+        trainer.on_train_epoch_start()
+        for trainer._iteration in range(4):
+            trainer._enter_stage()
+            groups = trainer.optimizer.param_groups
+            rates.append(groups[0]["lr"])
+            frozen += [g["lr"] for g in groups if g["is_advanced"]][:1]
+    schedule = [0.5 * (1 - e / 5) ** 0.9 for e in range(3) for _ in range(4)]
+    assert rates == pytest.approx([s * min(1, (i + 1) / 6) for i, s in enumerate(schedule)])
+    assert frozen == pytest.approx([0.0] * 4 + rates[4:])
+
+
 def test_paper_trainer_gets_the_papers_decoder(results: Path) -> None:
     decoder = make_trainer(ZePTTrainerPaper).plans_manager.plans["zept"]["decoder"]
     assert (decoder["queries"], decoder["score"]) == ("learned", "minmax")

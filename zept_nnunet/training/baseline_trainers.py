@@ -58,7 +58,9 @@ class _Comparable(KeepsSides):
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, betas=BETAS)
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.initial_lr, betas=BETAS, fused=parameters[0].device.type in ("cpu", "cuda")
+        )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:

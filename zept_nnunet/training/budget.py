@@ -180,7 +180,7 @@ class _BudgetedZePT(Budgeted, ZePTTrainer):
             return super().stage_at(epoch, iteration)
         if epoch < self.current_epoch:
             return int(self.logger.local_logger.my_fantastic_logging["stage"][epoch])
-        return 1 if self.progress() < 0.5 else 2
+        return 1 if self.progress() < self.settings["stage_one_share"] else 2
 
 
 class ZePTTrainerBudget(_BudgetedZePT):

@@ -35,8 +35,6 @@ from zept_nnunet.training.orientation import KeepsSides
 from zept_nnunet.training.sampling import TumorFavoringDataset
 from zept_nnunet.training.targets import Annotations, Targets, anomaly_labels, make_targets
 
-_GRADIENT_NORM = 12  # nnU-Net's
-_LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-2
 BETAS = (0.9, 0.99)
 
@@ -67,8 +65,9 @@ class ZePTTrainer(KeepsSides):
         seed_everything()
         plans = {**plans, "zept": block}
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr, self.weight_decay = _LEARNING_RATE, WEIGHT_DECAY
+        self.initial_lr, self.weight_decay = self.settings["learning_rate"], self.settings["weight_decay"]
         self._iteration = 0  # within the epoch
+        self._epoch_rate: float | None = None
         self._register_loss_terms()
 
     @classmethod
@@ -178,33 +177,37 @@ class ZePTTrainer(KeepsSides):
             ],
             lr=self.initial_lr,
             betas=BETAS,
-            fused=self.device.type in ("cpu", "cuda"),
+            fused=next(network.parameters()).device.type in ("cpu", "cuda"),
         )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     # ------------------------------------------------------------------------------------------------ stages
     def stage_at(self, epoch: int, iteration: int) -> int:
-        """1 or 2. The switch is at half of the epochs, and at half of the iterations where there is one epoch."""
+        """1 or 2. The switch is at half of the epochs (`stage_one_share`), of a single one at half of its iterations."""
         if self.fixed_stage is not None:
             return self.fixed_stage
         if not self.taxonomy.organs:
             return 2  # nothing to learn in stage I
+        share = self.settings["stage_one_share"]
         if self.num_epochs > 1:
-            return 1 if epoch < self.num_epochs // 2 else 2
-        return 1 if iteration < self.num_iterations_per_epoch // 2 else 2
+            return 1 if epoch < int(self.num_epochs * share) else 2
+        return 1 if iteration < int(self.num_iterations_per_epoch * share) else 2
 
     def _enter_stage(self) -> int:
-        """Set the network and the optimizer to the stage of the current iteration."""
+        """Set the network and the optimizer to the stage of the current iteration, and the rate to the warm-up's."""
         stage = self.stage_at(self.current_epoch, self._iteration)
         network = self._zept()
-        if network.stage != stage or self._iteration == 0:
-            if network.stage != stage:
-                self.print_to_log_file(f"Stage {'I: organs' if stage == 1 else 'II: organs and tumors'}")
+        if self._epoch_rate is None:
+            self._epoch_rate = float(self.optimizer.param_groups[0]["lr"])  # as the scheduler has set it
+        past = self.current_epoch * self.num_iterations_per_epoch + self._iteration + 1
+        rate = self._epoch_rate * min(1.0, past / max(1, self.settings["warmup_iterations"]))
+        if network.stage != stage:
+            self.print_to_log_file(f"Stage {'I: organs' if stage == 1 else 'II: organs and tumors'}")
             network.stage = stage
-            for group in self.optimizer.param_groups:
-                frozen = stage == 1 and group["is_advanced"]
-                group["lr"] = 0.0 if frozen else self.optimizer.param_groups[0]["lr"]
-                group["weight_decay"] = 0.0 if frozen else group["trained_decay"]
+        for group in self.optimizer.param_groups:
+            frozen = stage == 1 and group["is_advanced"]
+            group["lr"] = 0.0 if frozen else rate
+            group["weight_decay"] = 0.0 if frozen else group["trained_decay"]
         return stage
 
     # ------------------------------------------------------------------------------------------------ data
@@ -264,7 +267,7 @@ class ZePTTrainer(KeepsSides):
     def on_train_epoch_start(self) -> None:
         """nnU-Net's, then the stage: its scheduler writes one learning rate into every group."""
         super().on_train_epoch_start()
-        self._iteration = 0
+        self._iteration, self._epoch_rate = 0, None
         self._enter_stage()
 
     def train_step(self, batch: dict) -> dict:
@@ -287,7 +290,7 @@ class ZePTTrainer(KeepsSides):
         return {"loss": loss.detach().cpu().numpy(), **{term: value.cpu().numpy() for term, value in terms.items()}}
 
     def _clip_and_freeze(self) -> None:
-        nn.utils.clip_grad_norm_(self.network.parameters(), _GRADIENT_NORM)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.settings["gradient_norm"])
         if self._zept().stage == 1:  # no state either: Adam's moments must not start with a stage of zeros
             for parameter in self._zept().stage_two_parameters():
                 parameter.grad = None
