@@ -182,7 +182,7 @@ def run_retrieve(args: argparse.Namespace) -> int:
     """Embed, rank, write and print."""
     import numpy as np
     import torch
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     from zept_nnunet.evaluation.retrieval import plot_embeddings, retrieval_table, summarize
     from zept_nnunet.inference.embeddings import embed_cases

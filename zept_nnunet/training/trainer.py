@@ -183,7 +183,7 @@ class ZePTTrainer(KeepsSides):
 
     # ------------------------------------------------------------------------------------------------ stages
     def stage_at(self, epoch: int, iteration: int) -> int:
-        """1 or 2. The switch is at half of the epochs (`stage_one_share`), of a single one at half of its iterations."""
+        """1 or 2. The switch is at half of the epochs (`stage_one_share`), of one epoch at half of its iterations."""
         if self.fixed_stage is not None:
             return self.fixed_stage
         if not self.taxonomy.organs:
