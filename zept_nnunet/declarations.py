@@ -1,7 +1,7 @@
 """The `zept` block of a dataset.json: what a dataset says about its classes, checked. No torch.
 
     "zept": {"tumors": {name: {"hosts": [...]}}, "organs": [names], "unseen": {name: {"hosts": [...], "label": int}},
-             "knowledge": {name: text}, "vectors": file, "annotated": {pattern: [names]}}
+             "knowledge": {name: text or {"like": name}}, "vectors": file, "annotated": {pattern: [names]}}
 
 Every entry is optional. `hosts` may be empty: the whole body. Names are found whatever their case, `_` and `-`.
 """
@@ -204,5 +204,8 @@ def check_knowledge(dataset_json: Mapping[str, Any], known: list[str], source: s
     for name, text in _block(dataset_json, "knowledge", source).items():
         if normalize_name(name) not in normalized:
             raise ZePTError(f"{source}, zept.knowledge: {name!r} is no class; classes: {known}. Correct or remove it")
-        if not isinstance(text, str) or not text.strip():
-            raise ZePTError(f"{source}, zept.knowledge[{name!r}] must be a description, found {text!r}")
+        is_like = isinstance(text, Mapping) and set(text) == {"like"} and isinstance(text["like"], str)
+        if not is_like and (not isinstance(text, str) or not text.strip()):
+            raise ZePTError(
+                f'{source}, zept.knowledge[{name!r}] must be a description or {{"like": NAME}}, found {text!r}'
+            )

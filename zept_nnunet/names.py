@@ -15,9 +15,13 @@ _TUMOR_WORDS = frozenset(
     "cysts kyst kysts nodule nodules mass masses metastasis metastases metastatic mets polyp polyps gist hcc rcc pdac "
     "ipmn nsclc sclc edema oedema necrosis necrotic".split()
 )
-_GENERIC = frozenset("tumor tumors neoplasm neoplasms cancer cancers lesion lesions mass masses cyst cysts".split())
+_GENERIC = frozenset(
+    "tumor tumors neoplasm neoplasms cancer cancers lesion lesions mass masses cyst cysts nodule nodules metastasis "
+    "metastases".split()
+)
 _OMA = re.compile(r"^[a-z]{2,}omas?$|^[a-z]{2,}omata$")  # adenoma, carcinomas, hepatoblastoma
 _GLUED = re.compile(r"^([a-z]{3,})(tumors?|cysts?|kysts?|cancers?|lesions?|nodules?)$")
+_GLUED_SIDE = re.compile(r"^(?:(left|right)([a-z]{4,})|([a-z]{4,})(left|right))$")
 _NOT_OMA = frozenset("stoma stomas stroma soma somas coma trachoma glaucoma".split())
 
 _ANATOMY = {  # word → the anatomical words that it stands for
@@ -108,6 +112,26 @@ def name_key(name: str) -> tuple[str, ...]:
     return tuple(sorted(words))
 
 
+def part_before_and(name: str) -> str:
+    """ "kidney and tumor", as regions are called, → "kidney"; other names as they are."""
+    organ, *rest = _JOIN.split(normalize_name(name), maxsplit=1)
+    return organ.strip() if rest and _has_tumor_word(rest[0]) and not _has_tumor_word(organ) else name
+
+
+def host_words(name: str) -> str:
+    """The words of an organ's name without side, level and lobe: "lung_upper_lobe_left" → "lung"."""
+    kept = [w for w in _words(name) if w not in _SIDES and w not in _LEVELS and w not in ("lobe", "lobes")]
+    return " ".join(kept)
+
+
+def kind_of_tumor(name: str) -> str:
+    """ "cyst", "nodule", "metastasis", "mass" or "lesion" where the name says so, else "tumor"."""
+    words = set(name_key(name))
+    kinds = {"metastases": "metastasis", **{k: k for k in ("cyst", "nodule", "metastasis", "mass", "lesion")}}
+    kinds["masse"] = "mass"  # the singular that `name_key` makes of "masses"
+    return next((kind for word, kind in kinds.items() if word in words), "tumor")
+
+
 def is_generic_tumor(name: str) -> bool:
     """Whether the name holds nothing but words for a tumor ("cancer", "Tumour"): it says neither where nor which."""
     words = _words(name)
@@ -120,9 +144,10 @@ def _singular(word: str) -> str:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name; a tumor word at the end of another is one of its own: "livertumor" → liver, tumor."""
+    """The words of a name. Tumor words at the end of another and sides are words of their own: "leftlivertumor"."""
     words = re.findall(r"[^\W_]+", normalize_name(name).replace("gall bladder", "gallbladder"))
-    return [part for word in words for part in (_GLUED.sub(r"\1 \2", word)).split()]
+    parts = (part for word in words for part in _GLUED.sub(r"\1 \2", word).split())
+    return [piece for part in parts for piece in _GLUED_SIDE.sub(r"\1\3 \2\4", part).split()]
 
 
 def _has_tumor_word(name: str) -> bool:

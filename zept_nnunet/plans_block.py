@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from zept_nnunet.declarations import declared_vectors
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.knowledge import Description, KnowledgeBank, KnowledgeSource, built_in, describe, describe_all
-from zept_nnunet.knowledge.texts import describe_abnormal
-from zept_nnunet.knowledge.vectors import read_vectors
+from zept_nnunet.knowledge import Description, KnowledgeBank, KnowledgeSource, built_in
+from zept_nnunet.knowledge.dataset import class_texts, declared_source
+from zept_nnunet.knowledge.texts import describe_abnormal, describe_tumor, refuse_twin
+from zept_nnunet.knowledge.vectors import text_key
 from zept_nnunet.names import normalize_name
-from zept_nnunet.taxonomy import Taxonomy, declared_unseen
+from zept_nnunet.taxonomy import Taxonomy
 
 VERSION = 3
 
@@ -89,6 +89,27 @@ def build_block(
     Raises:
         ZePTError: the dataset's labels or its `zept` block cannot be understood, or a setting is unknown.
     """
+    decoder, training, anomalies = own_parts(dataset_json, variant, source, settings)
+    texts = model_texts(dataset_json, training, anomalies, source)
+    bank = KnowledgeBank.build(texts, declared_source(dataset_json, source))
+    return {
+        "version": VERSION,
+        "taxonomy": Taxonomy.from_dataset_json(dict(dataset_json), source).to_dict(),
+        "knowledge": bank.to_dict(),
+        "decoder": decoder,
+        "training": training,
+        "anomalies": anomalies,
+    }
+
+
+def own_parts(
+    dataset_json: Mapping[str, Any], variant: str, source: str, settings: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """What a variant has of its own: decoder settings, training settings, and the queries for abnormal tissue.
+
+    Raises:
+        ZePTError: as `build_block`.
+    """
     settings = dict(settings or {})
     decoder, training = DECODER_SETTINGS[variant], TRAINING_SETTINGS[variant]
     unknown = sorted(set(settings) - set(decoder) - set(training))
@@ -97,55 +118,49 @@ def build_block(
     decoder, training = ({k: settings.get(k, v) for k, v in group.items()} for group in (decoder, training))
     check_settings(decoder, training, source)
     taxonomy = Taxonomy.from_dataset_json(dict(dataset_json), source)
-    texts = class_texts(dataset_json, source, with_unseen=False)
     abnormal = unlabeled_organs(taxonomy) if training["synthetic_anomalies"] else ()
     if training["hiding_probability"]:
         abnormal = (*abnormal, *labeled_hosts(taxonomy))
     anomalies = {f"abnormal {o.name}": o.name for o in taxonomy.organs if o.name in abnormal}
+    taken = {normalize_name(name) for name in anomalies} & {normalize_name(c.name) for c in taxonomy.classes}
+    if taken:
+        raise ZePTError(f"{source}: {sorted(taken)} are names of queries for abnormal tissue; rename these labels")
+    return decoder, training, anomalies
+
+
+def model_texts(
+    dataset_json: Mapping[str, Any], training: Mapping[str, Any], anomalies: Mapping[str, str], source: str
+) -> dict[str, Description]:
+    """Every text that a model of this dataset needs a vector of: its classes' and those of abnormal tissue.
+
+    Raises:
+        ZePTError: as `class_texts`.
+    """
+    texts = class_texts(dataset_json, source, with_unseen=False)
     texts |= {name: describe_abnormal(organ) for name, organ in anomalies.items()}
     if training["descriptions"] == "shuffled":
+        taxonomy = Taxonomy.from_dataset_json(dict(dataset_json), source)
         groups = [[o.name for o in taxonomy.organs], [t.name for t in taxonomy.tumors], list(anomalies)]
         others = {name: group[i - 1] for group in groups for i, name in enumerate(group)}
         texts = {name: texts[other] for name, other in others.items()}
-    bank = KnowledgeBank.build(texts, declared_source(dataset_json, source))
-    return {
-        "version": VERSION,
-        "taxonomy": taxonomy.to_dict(),
-        "knowledge": bank.to_dict(),
-        "decoder": decoder,
-        "training": training,
-        "anomalies": anomalies,
-    }
-
-
-def class_texts(
-    dataset_json: Mapping[str, Any], source: str = "dataset.json", with_unseen: bool = True
-) -> dict[str, Description]:
-    """What describes each class of a dataset, and each tumor that it declares as unseen.
-
-    Raises:
-        ZePTError: as `build_block`; or two classes have one description.
-    """
-    own = dict((dataset_json.get("zept") or {}).get("knowledge") or {})
-    unseen = {normalize_name(u.name): u for u in declared_unseen(dict(dataset_json), source)}
-    texts = describe_all(
-        Taxonomy.from_dataset_json(dict(dataset_json), source),
-        {name: text for name, text in own.items() if normalize_name(name) not in unseen},
-    )
-    for key, tumor in unseen.items() if with_unseen else ():
-        text = next((t for name, t in own.items() if normalize_name(name) == key), None)
-        texts[tumor.name] = describe(tumor.name, tumor.hosts, text)
     return texts
 
 
-def declared_source(dataset_json: Mapping[str, Any], source: str = "dataset.json") -> KnowledgeSource:
-    """The vectors that dataset.json names under `zept.vectors`, else the package's.
+def check_planned_texts(planned: Mapping[str, Any], dataset_json: Mapping[str, Any], plans_file: str) -> None:
+    """Raise where a description in dataset.json was edited since the plans were made. Nothing is encoded for it.
 
     Raises:
-        ZePTError: the file cannot be read.
+        ZePTError: names the classes.
     """
-    path = declared_vectors(dataset_json, source)
-    return built_in() if path is None else KnowledgeSource(read_vectors(path))
+    texts = model_texts(dataset_json, planned["training"], planned["anomalies"], "dataset.json")
+    now = {name: text_key(d.text) for name, d in texts.items() if d.is_own}
+    then = planned["knowledge"].get("own_texts", {})
+    edited = sorted(n for n in now.keys() | then.keys() if now.get(n) != then.get(n))
+    if edited:
+        raise ZePTError(
+            f"the descriptions of {edited} in dataset.json are others than {plans_file} was planned with: plan again "
+            "(zept plan -d ID), or restore them"
+        )
 
 
 def unlabeled_organs(taxonomy: Taxonomy) -> tuple[str, ...]:
@@ -241,8 +256,8 @@ def add_tumor_to_block(
         source: of its vector; default: the package's vectors and encoder.
 
     Raises:
-        ZePTError: the model's queries are learned per class, and it has none for abnormal tissue in the hosts; or the
-            name exists.
+        ZePTError: a tumor of the same hosts has the same description; the model's queries are learned per class, and
+            it has none for abnormal tissue in the hosts; or the name exists.
     """
     if block["decoder"]["queries"] == "learned" and (not hosts or {*hosts} - {*block["anomalies"].values()}):
         raise ZePTError(
@@ -250,8 +265,11 @@ def add_tumor_to_block(
             "means training again. Train with ZePTTrainer, whose queries are generated from descriptions"
         )
     taxonomy = Taxonomy.from_dict(block["taxonomy"]).with_tumor(name, label, hosts)
-    texts = {name: describe(name, hosts, description)}
-    bank = KnowledgeBank.from_dict(block["knowledge"]).with_classes(texts, source or built_in())
+    text = describe_tumor(name, hosts, description)
+    old = KnowledgeBank.from_dict(block["knowledge"])
+    bank = old.with_classes({name: text}, source or built_in())
+    same_place = [t.name for t in taxonomy.tumors if set(t.hosts) == set(hosts) and t.name != name]
+    refuse_twin(name, next((n for n in same_place if old.vectors[n] == bank.vectors[name]), None), text)
     return {
         **block,
         "taxonomy": taxonomy.to_dict(),

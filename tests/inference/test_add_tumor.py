@@ -8,9 +8,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from safetensors.numpy import save_file
 
 from tests.inference.model_folder import make_model_folder, read_json, write_checkpoint
 from tests.knowledge.small_bert import save_small_bert
@@ -334,6 +336,58 @@ def test_a_model_of_another_encoder_takes_tumors_by_that_encoder(tmp_path: Path)
     assert len(vector(model.parent / "ZePTTrainer__nnUNetPlans_plus__3d_fullres", "pancreas tumor")) == 16
 
 
+def test_a_model_on_vectors_of_ones_own_takes_a_file_with_one_more(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = [n for n in DATASET_JSON["labels"] if n != "background"] + ["abnormal pancreas"]
+    vectors = {n: rng.normal(size=8).astype(np.float32) for n in names}
+    save_file(vectors, tmp_path / "mine.safetensors")
+    model = make_model_folder(tmp_path, DATASET_JSON | {"zept": {"vectors": str(tmp_path / "mine.safetensors")}})
+    with pytest.raises(ZePTError, match=r"mine.safetensors: no vector .*add a tensor of each of these names"):
+        add_tumors(model, [PANCREAS])
+    argv = ["add-tumor", str(model), "--name", "pancreas tumor", "--vectors", str(tmp_path / "more.safetensors")]
+    save_file(vectors | {"pancreas tumor": rng.normal(size=8).astype(np.float32)}, tmp_path / "more.safetensors")
+    assert main(argv) == 0
+    shutil.rmtree(model.parent / "ZePTTrainer__nnUNetPlans_plus__3d_fullres")
+    others = {n: v[::-1].copy() for n, v in vectors.items()} | {"pancreas tumor": vectors["liver"]}
+    save_file(others, tmp_path / "more.safetensors")  # not the model's
+    assert main(argv) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (TumorRequest("hepatic tumor", ("liver",)), "'liver_tumor' and 'hepatic tumor' have the same description"),
+        (TumorRequest("odd growth", ("liver",), like="liver tumor"), "'liver_tumor' and 'odd growth'"),
+        (TumorRequest("odd growth", ("liver",), like="liver"), "that is the organ 'liver'"),
+        (TumorRequest("abnormal pancreas", ("pancreas",)), "query for abnormal pancreas"),
+    ],
+)
+def test_tumors_that_nothing_would_tell_from_another_class(model: Path, request_: TumorRequest, message: str) -> None:
+    with pytest.raises(ZePTError, match=message):
+        add_tumors(model, [request_])
+    assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+def test_a_stage_one_model_reports_no_tumor(model: Path) -> None:
+    plans, dataset_json = read_json(model / "plans.json"), read_json(model / "dataset.json")
+    write_checkpoint(model, 1, plans, dataset_json, trainer_name="ZePTTrainerStageI")
+    with pytest.raises(ZePTError, match="is a stage I model"):
+        add_tumors(model, [PANCREAS])
+
+
+def test_checkpoints_that_are_relative_links_and_folders_made_on_the_way(model: Path, tmp_path: Path) -> None:
+    path = model / "fold_0" / "checkpoint_final.pth"
+    path.rename(model / "store.pth")
+    path.symlink_to("../store.pth")
+    added = add_tumors(model, [PANCREAS], tmp_path / "a" / "b" / "out")
+    assert os.path.samefile(added.folder / "fold_0" / "checkpoint_final.pth", model / "store.pth")
+    shutil.rmtree(tmp_path / "a")
+    (model / "fold_1" / "checkpoint_final.pth").write_bytes(b"broken")
+    with pytest.raises(ZePTError, match="no readable checkpoint"):
+        add_tumors(model, [PANCREAS], tmp_path / "a" / "b" / "out")
+    assert not (tmp_path / "a").exists()
+
+
 # ---------------------------------------------------------------------------------------------------- the check
 def test_a_tumor_that_would_change_the_others_is_not_written(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from zept_nnunet.network.zept import ZePT
@@ -360,9 +414,10 @@ def test_several_folders_all_or_none(model: Path) -> None:
     assert main(argv) == 1
     assert sorted(p.name for p in model.parent.iterdir()) == [model.name, other.name]
     shutil.copyfile(model / "fold_1" / "checkpoint_final.pth", other / "fold_1" / "checkpoint_final.pth")
-    assert main([*argv, "-o", "x"]) == 1
     assert main(argv) == 0
     assert len(list(model.parent.glob("*nnUNetPlans_plus__3d_*"))) == 2
+    assert main([*argv, "-o", str(model.parent / "elsewhere")]) == 0
+    assert len(list((model.parent / "elsewhere").glob("*nnUNetPlans_plus__3d_*"))) == 2
 
 
 def test_an_ensembles_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -379,6 +434,15 @@ def test_an_ensembles_folder(model: Path, capsys: pytest.CaptureFixture[str]) ->
     grown = ensemble.parent / f"ensemble___{plus[0]}___{plus[1]}___0_1"
     assert (grown / "postprocessing.pkl").read_bytes() == b"pkl"
     assert read_json(grown / "dataset.json")["labels"]["pancreas tumor"] == 6
+    capsys.readouterr()
+    removal = ["remove-tumor", str(grown), "--name", "pancreas tumor"]
+    assert main(removal) == 1  # the trained members stand there
+    assert "the model as it was trained; give -o FOLDER" in capsys.readouterr().err
+    back = model.parent / "back"
+    assert main([*removal, "-o", str(back)]) == 0
+    assert len(list((back / "ensembles").iterdir())) == 1 and len(list(back.glob("ZePT*"))) == 2
+    for name in ("plans.json", "dataset.json"):
+        assert next(back.glob("*lowres")).joinpath(name).read_bytes() == (other / name).read_bytes()
     shutil.rmtree(other)
     assert main(["add-tumor", str(ensemble), "--name", "pancreas cyst"]) == 1
     assert "not there" in capsys.readouterr().err

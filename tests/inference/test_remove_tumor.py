@@ -22,6 +22,7 @@ DECLARED: dict[str, Any] = DATASET_JSON | {
     "licence": "x",
 }
 IGNORE: dict[str, Any] = DATASET_JSON | {"labels": {**DATASET_JSON["labels"], "ignore": 6}}
+NULL: dict[str, Any] = DATASET_JSON | {"zept": None}
 
 
 def json_files(folder: Path) -> dict[str, bytes]:
@@ -29,7 +30,7 @@ def json_files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "dataset_json", [DATASET_JSON, REGIONS, DECLARED, IGNORE], ids="plain regions zept ignore".split()
+    "dataset_json", [DATASET_JSON, REGIONS, DECLARED, IGNORE, NULL], ids="plain regions zept ignore null".split()
 )
 @pytest.mark.parametrize("layout", [{"indent": 4}, {"indent": 2, "ensure_ascii": False}, {}])
 def test_removing_all_gives_the_trained_model_back_to_the_bit(
@@ -65,6 +66,22 @@ def test_the_default_output_is_the_folder_without_plus(tmp_path: Path) -> None:
     model.rename(tmp_path / "elsewhere")
     assert main(argv) == 0
     assert json_files(model) == before
+
+
+def test_regions_keep_their_labels_and_moves_are_told(tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path, REGIONS, folds=(0,))
+    requests = [TumorRequest("spleen lesion", label=7), TumorRequest("liver cyst", label=9)]
+    added = add_tumors(model, requests, tmp_path / "A__Odd__3d_fullres")
+    left = remove_tumors(added.folder, ["spleen lesion"])
+    assert left.folder.name == "A__Odd_minus__3d_fullres" and left.tumors == (("liver cyst", 9, ("liver",)),)
+    assert read_json(left.folder / "dataset.json")["labels"]["ignore"] == 10
+    back = remove_tumors(left.folder, ["liver cyst"], tmp_path / "back")  # plans of another name
+    assert json_files(back.folder) == json_files(model)
+    assert any("ignore label moved from 10 to 4" in note for note in back.notes)
+    plain = make_model_folder(tmp_path / "plain", folds=(0,))
+    both = add_tumors(plain, [PANCREAS, TumorRequest("spleen cyst")])
+    notes = remove_tumors(both.folder, ["pancreas tumor"]).notes
+    assert any("'spleen cyst' moved from label 7 to 6" in note for note in notes)
 
 
 @pytest.mark.parametrize(

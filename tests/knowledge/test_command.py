@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.knowledge.small_bert import save_small_bert
 from tests.small_plans import DATASET_JSON
 from zept_nnunet.cli import main
-from zept_nnunet.knowledge.catalog import catalog
+from zept_nnunet.knowledge.catalog import catalog, descriptions_folder
 from zept_nnunet.knowledge.vectors import read_vectors
 from zept_nnunet.plans_block import build_block
 
@@ -76,7 +77,7 @@ def test_encode_by_another_encoder_and_train_with_it(
     knowledge = build_block(content)["knowledge"]
     assert (knowledge["encoder"], knowledge["width"]) == ("bert", 16)
     content["zept"]["knowledge"]["liver_tumor"] = "a dark mass, edited"
-    with pytest.raises(ValueError, match="zept knowledge encode --encoder bert"):
+    with pytest.raises(ValueError, match=r"encode them by bert.*--text 'a dark mass, edited'"):
         build_block(content)
     content["zept"]["vectors"] = "v.safetensors"
     with pytest.raises(ValueError, match="absolute path"):
@@ -87,8 +88,41 @@ def test_encode_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert main(["knowledge", "encode", "-o", str(tmp_path / "v.npz")]) == 1
     assert ".safetensors" in capsys.readouterr().err
     assert main(["knowledge", "encode", "--encoder", str(tmp_path), "-o", str(tmp_path / "v.safetensors")]) == 1
-    assert "cannot load the text encoder" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.startswith("zept knowledge: cannot use the text encoder")
+    (tmp_path / "d.safetensors").mkdir()
+    (tmp_path / "file").touch()
+    for out in ("d.safetensors", "file/v.safetensors"):
+        assert main(["knowledge", "encode", "-o", str(tmp_path / out)]) == 1
+        assert "cannot be written there" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.safetensors", "file"]
+
+
+def test_a_dataset_whose_organs_nothing_describes(
+    capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path
+) -> None:
+    """What `encode -d` writes is all that planning needs, the queries for abnormal tissue too."""
+    content = {"labels": {"background": 0, "flux organ": 1, "liver": 2, "liver tumor": 3}}
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    bert, out = save_small_bert(tmp_path / "bert"), tmp_path / "v.safetensors"
+    assert main(["knowledge", "encode", "--encoder", str(bert), "-d", "999", "-o", str(out)]) == 0
+    content["zept"] = {"vectors": str(out)}
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    assert main(["knowledge", "check", "-d", "999"]) == 0
+    assert "abnormal flux organ" in build_block(content)["knowledge"]["vectors"]
+
+
+def test_files_of_the_package_and_odd_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["knowledge", "check", str(descriptions_folder() / "organs.yaml")]) == 0
+    text = "Somewhere in the body."
+    entry = {"kind": "organ", **dict.fromkeys(("location", "shape", "structure", "ct"), text)}
+    for name, more, message in (
+        (False, {}, "put them in quotes"),
+        ("flux organ", {"synonyms": ["--"]}, "holds no word"),
+        ("flux organ", {"synonyms": ["Liver"]}, "'Liver'"),
+    ):
+        (tmp_path / "more.yaml").write_text(yaml.safe_dump({"entries": {name: entry | more}}))
+        assert main(["knowledge", "check", str(tmp_path / "more.yaml")]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.knowledge.small_bert import save_small_bert
 from zept_nnunet.errors import ZePTError
@@ -56,9 +59,16 @@ def test_texts_do_not_depend_on_their_neighbors(small_bert: Path) -> None:
     np.testing.assert_allclose(together[0], encoder.encode(["a dark mass"])[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("", "one word"), (" .\n", "one word"), ("dark " * 20_000, "20000 words")]
-)
+REFUSED = {
+    "": "one word",
+    " .\n": "one word",
+    "dark " * 20_000: "20000 words",
+    "\u80bf" * 30_000: "30000 characters",
+    "a \ud800": "valid Unicode",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED.items(), ids=range(len(REFUSED)))
 def test_refused_texts(small_bert: Path, text: str, message: str) -> None:
     with pytest.raises(ZePTError, match=message):
         HuggingFaceEncoder(small_bert).encode([text])
@@ -66,18 +76,65 @@ def test_refused_texts(small_bert: Path, text: str, message: str) -> None:
 
 def test_what_is_no_encoder(small_bert: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ZePTError, match="cannot load the text encoder"):
+    with pytest.raises(ZePTError, match="cannot use the text encoder"):
         HuggingFaceEncoder(tmp_path / "empty").encode(["a"])
-    with pytest.raises(ZePTError, match=r"no \*\.safetensors"):
-        assert HuggingFaceEncoder(tmp_path / "empty").revision
     pickled = tmp_path / "pickled"  # weights in a format that runs code when it is read
     pickled.mkdir()
     for path in small_bert.iterdir():
         if path.suffix != ".safetensors":
             (pickled / path.name).write_bytes(path.read_bytes())
     torch.save({}, pickled / "pytorch_model.bin")
-    with pytest.raises(ZePTError, match="cannot load the text encoder"):
+    with pytest.raises(ZePTError, match="cannot use the text encoder"):
         HuggingFaceEncoder(pickled).encode(["a"])
+
+
+def changed_copy(small_bert: Path, folder: Path, **tensors: Callable[[str], str]) -> Path:
+    shutil.copytree(small_bert, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({tensors["rename"](k): v for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_weights_that_do_not_fit_are_refused_not_made_up(small_bert: Path, tmp_path: Path) -> None:
+    other = changed_copy(small_bert, tmp_path / "tower", rename=lambda name: f"tower.{name}")
+    with pytest.raises(ZePTError, match="its weights do not hold"):
+        HuggingFaceEncoder(other).encode(["a"])
+    (other / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ZePTError, match="cannot use the text encoder"):
+        HuggingFaceEncoder(other).encode(["a"])
+
+
+def test_an_encoder_is_what_it_computes_with_not_where_it_lies(small_bert: Path, tmp_path: Path) -> None:
+    moved = HuggingFaceEncoder(shutil.copytree(small_bert, tmp_path / "my-bert"))
+    assert moved.name != HuggingFaceEncoder(small_bert).name
+    assert moved.revision == HuggingFaceEncoder(small_bert).revision
+    assert HuggingFaceEncoder(save_small_bert(tmp_path / "other", seed=1)).revision != moved.revision
+    (tmp_path / "my-bert" / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+    shorter = HuggingFaceEncoder(tmp_path / "my-bert")
+    assert shorter.window == 8 and shorter.revision != moved.revision
+
+
+@pytest.mark.parametrize("kind", ["roberta", "t5", "no pad token"])
+def test_other_families(kind: str, small_bert: Path, tmp_path: Path) -> None:
+    """Positions that begin after the padding's index, an encoder-decoder without a limit, a tokenizer without pads."""
+    import transformers
+
+    folder = shutil.copytree(small_bert, tmp_path / "model")
+    sizes = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "roberta":
+        config = transformers.RobertaConfig(**sizes, intermediate_size=16, max_position_embeddings=20, pad_token_id=1)
+        transformers.RobertaModel(config).save_pretrained(folder)
+    elif kind == "t5":
+        config = transformers.T5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        transformers.T5Model(config).save_pretrained(folder)
+    tokenizer = transformers.BertTokenizerFast(vocab=str(small_bert / "vocab.txt"), model_max_length=int(1e30))
+    if kind == "no pad token":
+        tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    encoder = HuggingFaceEncoder(folder)
+    assert encoder.window == {"roberta": 18, "t5": 512, "no pad token": 32}[kind]
+    vectors = encoder.encode(["a dark mass", "a dark mass in the liver " * 60])
+    assert vectors.shape == (2, 16) and np.isfinite(vectors).all()
 
 
 # ---------------------------------------------------------------------------------------------------- the built-in one
@@ -109,6 +166,7 @@ def test_descriptions_of_related_tumors_are_closer() -> None:
 
 
 FOREIGN = [
+    "肿瘤 in the liver",
     "hypodense Raumforderung in der Milz mit unscharfem Rand",
     "lésion hypodense de la rate aux contours flous",
     "lesión hipodensa en el bazo con bordes mal definidos",
@@ -151,7 +209,9 @@ def test_a_source_refuses_another_encoder_and_says_what_to_do(small_bert: Path, 
     path = tmp_path / "v.safetensors"
     write_vectors(path, "some-bert", "1", ["a dark mass"], np.ones((1, 16)))
     edited = {"x": Description("a dark mass, edited", "own")}
-    with pytest.raises(ZePTError, match=r"described by you: \['x'\].*zept knowledge encode --encoder some-bert"):
+    with pytest.raises(
+        ZePTError, match=r"described by you: \['x'\].*encode them by some-bert.*--text 'a dark mass, edited'"
+    ):
         KnowledgeSource(read_vectors(path)).vectors(edited)
     with pytest.raises(ZePTError, match="the installed encoder is another one: small-bert"):
         KnowledgeSource(read_vectors(path), lambda: HuggingFaceEncoder(small_bert)).vectors(edited)
@@ -168,12 +228,12 @@ class Hide:
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name in hidden else real(name, *a)
 sys.meta_path.insert(0, Hide())
-from zept_nnunet.knowledge import built_in, describe
+from zept_nnunet.knowledge import built_in, describe_tumor
 from zept_nnunet.errors import ZePTError
-found = built_in().vectors({"k": describe("kidney_tumour", ("left kidney",)), "t": describe("cancer", ("femur_left",))})
+found = built_in().vectors({"k": describe_tumor("kidney_tumour"), "t": describe_tumor("cancer", ("femur_left",))})
 assert {v.shape for v in found.values()} == {(384,)}
 try:
-    built_in().vectors({"odd": describe("odd growth", ("liver",))})
+    built_in().vectors({"odd": describe_tumor("odd growth", ("liver",))})
 except ZePTError as error:
     print(error)
 """

@@ -10,9 +10,18 @@ import pytest
 
 from tests.small_plans import DATASET_JSON
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.knowledge import KnowledgeBank, KnowledgeSource, QuietVector, built_in, describe, describe_all
+from zept_nnunet.knowledge import (
+    KnowledgeBank,
+    KnowledgeSource,
+    QuietVector,
+    built_in,
+    describe_all,
+    describe_organ,
+    describe_tumor,
+)
 from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.knowledge.texts import describe_abnormal
+from zept_nnunet.plans_block import build_block, check_planned_texts
 from zept_nnunet.taxonomy import Taxonomy
 
 
@@ -51,7 +60,7 @@ def test_bad_descriptions_are_refused(name: str, text: str, word: str) -> None:
 
 
 def test_a_class_is_added_only_by_the_encoder_of_the_others() -> None:
-    added = {"pancreas tumor": describe("pancreas tumor", ("pancreas",))}
+    added = {"pancreas tumor": describe_tumor("pancreas tumor", ("pancreas",))}
     grown = bank().with_classes(added, built_in())
     assert grown.matrix(["pancreas tumor"]).shape == (1, 384)
     with pytest.raises(ZePTError, match=r"made by sentence-transformers/all-MiniLM-L6-v2.*got other \(revision 2"):
@@ -66,12 +75,18 @@ def labels(*names: str) -> dict[str, Any]:
 
 
 def test_which_text_describes_a_class() -> None:
-    assert describe("kidney_tumour").text == catalog().entries["kidney tumor"].text
-    assert describe("cancer", ("Liver",)).origin == "built-in (liver tumor)"
-    assert describe("cancer", ("femur_left",)).text == "tumor in the left femur"
-    assert describe("odd_growth", ("liver", "spleen")).text == "odd growth in the liver and the spleen"
-    assert describe("tumor").text == "tumor" and describe("liver", (), "mine").is_own
+    assert describe_tumor("kidney_tumour").text == catalog().entries["kidney tumor"].text
+    assert describe_tumor("cancer", ("Liver",)).origin == "built-in (liver tumor)"
+    assert describe_tumor("cancer", ("femur_left",)).text == "tumor in the left femur"
+    assert describe_tumor("odd_growth", ("liver", "spleen")).text == "odd growth in the liver and the spleen"
+    assert describe_tumor("tumor").text == "tumor" and describe_organ("liver", "mine").is_own
     assert describe_abnormal("kidney_l").text == "abnormal tissue in the left kidney, unlike the left kidney around it"
+
+
+def test_an_organ_is_never_described_as_a_tumor() -> None:
+    assert describe_organ("kidney and tumor").origin == "built-in (kidney)"
+    assert describe_organ("kidney tumor").origin == "name" and describe_tumor("kidney").origin == "name"
+    assert describe_tumor("tumor", ("liver and tumor",)).origin == "built-in (liver tumor)"
 
 
 def test_two_classes_that_nothing_tells_apart_are_refused() -> None:
@@ -79,11 +94,70 @@ def test_two_classes_that_nothing_tells_apart_are_refused() -> None:
     with pytest.raises(ZePTError, match="'renal tumor' and 'kidney cancer' have the same description"):
         describe_all(taxonomy, {})
     assert len(describe_all(taxonomy, {"kidney cancer": "a solid mass"})) == 3
+    with pytest.raises(ZePTError, match="'renal tumor' and 'kidney' have the same description"):
+        describe_all(taxonomy, {"kidney": "x", "renal tumor": "x", "kidney cancer": "y"})
+    with pytest.raises(ZePTError, match="'Kidney_Cancer' twice"):
+        describe_all(taxonomy, {"kidney cancer": "y", "Kidney_Cancer": "z"})
 
 
 def test_the_same_text_in_two_places_is_two_classes() -> None:
-    taxonomy = Taxonomy.from_dataset_json(
-        labels("liver", "spleen", "a", "b")
-        | {"zept": {"tumors": {"a": {"hosts": ["liver"]}, "b": {"hosts": ["spleen"]}}}}
-    )
+    tumors = {"a": {"hosts": ["liver"]}, "b": {"hosts": ["spleen"]}}
+    taxonomy = Taxonomy.from_dataset_json(labels("liver", "spleen", "a", "b") | {"zept": {"tumors": tumors}})
     assert len(describe_all(taxonomy, {"a": "dark mass", "b": "dark mass"})) == 4
+
+
+WHOLE_DATASETS = {  # as their dataset.json has them
+    "KiTS23 (regions)": (
+        {"background": 0, "kidney": [1, 2, 3], "masses": [2, 3], "tumor": 2},
+        {"regions_class_order": [1, 3, 2]},
+    ),
+    "KiTS23": ({"background": 0, "kidney": 1, "tumor": 2, "cyst": 3}, {}),
+    "LiTS": ({"background": 0, "liver": 1, "tumor": 2}, {}),
+    "MSD Task03 Liver": ({"background": 0, "liver": 1, "cancer": 2}, {}),
+    "MSD Task07 Pancreas": ({"background": 0, "pancreas": 1, "cancer": 2}, {}),
+    "MSD Task10 Colon": ({"background": 0, "colon cancer primaries": 1}, {}),
+    "metastases": ({"background": 0, "liver": 1, "liver cancer": 2, "metastasis": 3}, {}),
+    "lobes": (
+        {"background": 0, "lung_upper_lobe_left": 1, "lung_lower_lobe_left": 2, "nodule": 3},
+        {"zept": {"tumors": {"nodule": {"hosts": ["lung_upper_lobe_left", "lung_lower_lobe_left"]}}}},
+    ),
+    "glued": ({"background": 0, "KidneyLeft": 1, "RightKidney": 2, "right kidney tumor": 3}, {}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_DATASETS)
+@pytest.mark.filterwarnings("ignore:.*the whole body:UserWarning")
+def test_whole_datasets_need_no_encoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object, missing: dict) -> None:
+        raise AssertionError(f"no vector for {[*missing]}")
+
+    monkeypatch.setattr(KnowledgeSource, "_checked_encoder", refuse)
+    names, more = WHOLE_DATASETS[name]
+    block = build_block({"labels": names, **more})
+    vectors = [tuple(v) for v in block["knowledge"]["vectors"].values()]
+    assert len(set(vectors)) == len(vectors)
+
+
+# ---------------------------------------------------------------------------------------------------- planned texts
+def test_a_description_edited_after_planning_is_refused_and_nothing_is_encoded_for_it() -> None:
+    described = {**DATASET_JSON, "zept": {"knowledge": {"liver_tumor": {"like": "HCC"}, "spleen": "a soft organ"}}}
+    planned = build_block(described)
+    check_planned_texts(planned, described, "plans.json")
+    for changed in ("a bright ring", None):
+        edited = deepcopy(described)
+        if changed is None:
+            del edited["zept"]["knowledge"]["spleen"]
+        else:
+            edited["zept"]["knowledge"]["spleen"] = changed
+        with pytest.raises(ZePTError, match=r"descriptions of \['spleen'\].*plan again"):
+            check_planned_texts(planned, edited, "plans.json")
+    with pytest.raises(ZePTError, match="no built-in description"):
+        build_block({**DATASET_JSON, "zept": {"knowledge": {"liver": {"like": "zzz"}}}})
+    with pytest.raises(ZePTError, match="must be a description or"):
+        build_block({**DATASET_JSON, "zept": {"knowledge": {"liver": {"as": "HCC"}}}})
+
+
+def test_queries_for_abnormal_tissue_keep_their_names() -> None:
+    taken = {"background": 0, "liver": 1, "spleen": 2, "liver tumor": 3, "abnormal spleen": 4}
+    with pytest.raises(ZePTError, match="abnormal spleen"):
+        build_block({"labels": taken, "zept": {"organs": ["abnormal spleen"]}})

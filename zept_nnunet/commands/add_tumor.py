@@ -89,7 +89,12 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         help="TRAINER__PLANS__CONFIGURATION, with all its folds; several of them; or an ensemble's folder "
         "(ensembles/ensemble___…): all or none are changed",
     )
-    parser.add_argument("-o", metavar="FOLDER", default=None, help="output folder (default: a sibling)")
+    parser.add_argument(
+        "-o",
+        metavar="FOLDER",
+        default=None,
+        help="output folder; of several models, the folder to hold them (default: siblings of the models)",
+    )
     parser.add_argument("--copy", action="store_true", help="copy the checkpoints instead of hard links")
 
 
@@ -107,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
     def add(folder: Path) -> AddedTumors:
         requests = declared_requests(folder) if args.declared else named
-        return add_tumors(folder, requests, args.o, args.copy, knowledge)
+        return add_tumors(folder, requests, _output(args, folder, "_plus"), args.copy, knowledge)
 
     return _change(args, add, "added")
 
@@ -116,7 +121,10 @@ def run_remove(args: argparse.Namespace) -> int:
     """Remove the tumors and say which added ones are left."""
     from zept_nnunet.inference.remove_tumor import remove_tumors
 
-    return _change(args, lambda folder: remove_tumors(folder, args.name, args.o, args.copy), "left")
+    def remove(folder: Path) -> AddedTumors:
+        return remove_tumors(folder, args.name, _output(args, folder, "_minus"), args.copy)
+
+    return _change(args, remove, "left")
 
 
 def _knowledge(args: argparse.Namespace) -> KnowledgeSource | None:
@@ -130,17 +138,30 @@ def _knowledge(args: argparse.Namespace) -> KnowledgeSource | None:
     return None if args.encoder is None else KnowledgeSource(encoder=lambda: HuggingFaceEncoder(args.encoder))
 
 
+def _are_several(args: argparse.Namespace) -> bool:
+    from zept_nnunet.inference.several_folders import is_ensemble
+
+    return len(args.model_folder) > 1 or is_ensemble(args.model_folder[0])
+
+
+def _output(args: argparse.Namespace, folder: Path, suffix: str) -> str | None:
+    """Where a model's new folder goes; of several models, -o names the folder that holds them."""
+    if args.o is None or not _are_several(args):
+        return args.o
+    parts = folder.resolve().name.split("__")
+    if len(parts) != 3:
+        raise ZePTError(f"{folder} is not named TRAINER__PLANS__CONFIGURATION: change it alone, with -o FOLDER")
+    return str(Path(args.o) / f"{parts[0]}__{parts[1]}{suffix}__{parts[2]}")
+
+
 def _change(args: argparse.Namespace, change: Callable[[Path], AddedTumors], done: str) -> int:
     from zept_nnunet.inference.several_folders import change_all, change_ensemble, is_ensemble
 
     folders: list[Path] = args.model_folder
-    several = len(folders) > 1 or is_ensemble(folders[0])
-    if several and args.o is not None:
-        raise ZePTError("-o names one folder, and there are several models; leave it out: each gets a sibling")
     if len(folders) > 1 and any(map(is_ensemble, folders)):
         raise ZePTError("an ensemble's folder stands for all of its members: give it alone")
     if is_ensemble(folders[0]):
-        changed, ensemble = change_ensemble(folders[0], change)
+        changed, ensemble = change_ensemble(folders[0], change, None if args.o is None else Path(args.o))
     else:
         changed, ensemble = change_all(folders, change), None
     for one in changed:

@@ -118,7 +118,8 @@ def run_check(args: argparse.Namespace) -> int:
     if args.d is not None:
         return _check_dataset(args.d)
     if args.files:
-        found = read_catalog([*sorted(descriptions_folder().glob("*.yaml")), *args.files])
+        built_in_files = sorted(descriptions_folder().glob("*.yaml"))
+        found = read_catalog(dict.fromkeys(path.resolve() for path in (*built_in_files, *args.files)))
         print(f"{len(found)} descriptions with those of {', '.join(map(str, args.files))}: schema and names in order")
         return 0
     entries = catalog()
@@ -137,7 +138,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 def _check_dataset(dataset: str) -> int:
     from zept_nnunet.commands.taxonomy import find_dataset_json, read_dataset_json
-    from zept_nnunet.plans_block import class_texts, declared_source
+    from zept_nnunet.knowledge.dataset import class_texts, declared_source
+    from zept_nnunet.plans_block import model_texts, own_parts
 
     path = find_dataset_json(dataset)
     dataset_json = read_dataset_json(path)
@@ -145,7 +147,8 @@ def _check_dataset(dataset: str) -> int:
     source = declared_source(dataset_json, str(path))
     for name, description in found.items():
         print(f"{name}: {description.origin}: {textwrap.shorten(description.text, 100, placeholder=' …')}")
-    source.vectors(found)  # raises where one is missing
+    _, training, anomalies = own_parts(dataset_json, "zept", str(path))
+    source.vectors(found | model_texts(dataset_json, training, anomalies, str(path)))  # raises where one is missing
     print(f"\nevery class has a vector, by {source.name} (revision {source.revision})")
     return 0
 
@@ -155,22 +158,29 @@ def run_encode(args: argparse.Namespace) -> int:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     from zept_nnunet.commands.taxonomy import find_dataset_json, read_dataset_json
+    from zept_nnunet.knowledge.dataset import class_texts
     from zept_nnunet.knowledge.encoders import HuggingFaceEncoder, TextEncoder
     from zept_nnunet.knowledge.source import english_encoder
-    from zept_nnunet.knowledge.texts import built_in_texts
+    from zept_nnunet.knowledge.texts import built_in_texts, describe_abnormal
     from zept_nnunet.knowledge.vectors import write_vectors
-    from zept_nnunet.plans_block import class_texts
+    from zept_nnunet.taxonomy import Taxonomy
 
     if args.o.suffix != ".safetensors":
         raise ZePTError(f"-o {args.o}: the file's name must end in .safetensors")
+    if args.o.is_dir() or not (parent := next(p for p in args.o.absolute().parents if p.exists())).is_dir():
+        raise ZePTError(f"-o {args.o}: a file cannot be written there ({args.o if args.o.is_dir() else parent})")
     texts = built_in_texts()
     if args.d is not None:
         path = find_dataset_json(args.d)
-        texts += [d.text for d in class_texts(read_dataset_json(path), str(path)).values()]
+        dataset_json = read_dataset_json(path)
+        texts += [d.text for d in class_texts(dataset_json, str(path)).values()]
+        organs = Taxonomy.from_dataset_json(dataset_json, str(path)).organs
+        texts += [describe_abnormal(organ.name).text for organ in organs]  # whichever of them gets such a query
     texts = list(dict.fromkeys([*texts, *args.text]))
     encoder: TextEncoder = english_encoder() if args.encoder is None else HuggingFaceEncoder(args.encoder)
     import numpy as np
 
+    assert encoder.revision  # loads it, before the progress bar
     vectors = np.concatenate([encoder.encode([text]) for text in tqdm(texts, desc="encode", unit="text")])
     write_vectors(args.o, encoder.name, encoder.revision, texts, vectors)
     print(f"{len(texts)} vectors of width {encoder.width} by {encoder.name} (revision {encoder.revision}): {args.o}")
@@ -199,8 +209,9 @@ def run_retrieve(args: argparse.Namespace) -> int:
     own = {c.name: bank.matrix([c.name])[0] for c in taxonomy.classes}
     candidates = {"model's classes": own}
     known = built_in()
-    if (known.name, known.revision) == (bank.encoder, bank.revision) and known.file is not None:
-        texts = {f"built-in: {e.name}": known.file.by_text[text_key(e.text)] for e in catalog()}
+    if known.revision == bank.revision and known.file is not None:
+        vectors = {e.name: known.file.by_text.get(text_key(e.text)) for e in catalog()}
+        texts = {f"built-in: {n}": v for n, v in vectors.items() if v is not None}  # None: edited, not encoded yet
         matrix = np.stack([*own.values()])
         others = {n: v for n, v in texts.items() if np.abs(matrix - v).max(1).min() > 1e-4}  # not those of a class
         candidates["all descriptions"] = own | others
@@ -210,6 +221,8 @@ def run_retrieve(args: argparse.Namespace) -> int:
     found = embed_cases(args.m, args.i, args.f, args.chk, torch.device(args.device))
     cases = list(tqdm(found, desc="embed", unit="scan"))
     table = retrieval_table(cases, candidates, unseen)
+    if table.empty:
+        raise ZePTError(f"the model finds none of its organs in the images of {args.i}: there is nothing to compare")
     args.o.mkdir(parents=True, exist_ok=True)
     summary = summarize(table)
     table.to_csv(args.o / "retrieval.csv", index=False)

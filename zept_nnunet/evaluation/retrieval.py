@@ -59,12 +59,17 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
 def plot_embeddings(
     cases: Collection[CaseEmbeddings], texts: Mapping[str, np.ndarray], unseen: Collection[str], path: Path
 ) -> None:
-    """Queries of all scans and the descriptions of the model's classes on the two main axes of the descriptions."""
+    """Queries of all scans and the descriptions of the model's classes on the two main axes of the descriptions.
+
+    Nothing is drawn of a model with fewer than three classes.
+    """
     from matplotlib.figure import Figure
     from sklearn.decomposition import PCA  # type: ignore[import-untyped]
 
     names = [n for n in next(iter(cases)).names if n in texts]
     vectors = _unit(np.stack([texts[n] for n in names]))
+    if len(names) < 3:  # two axes want three points
+        return
     pca = PCA(2).fit(vectors)
     figure = Figure(figsize=(9, 7), layout="constrained")
     axes = figure.add_subplot()

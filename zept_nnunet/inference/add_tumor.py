@@ -27,11 +27,14 @@ from zept_nnunet.inference.model_folder import (
 )
 from zept_nnunet.inference.unchanged import check_unchanged
 from zept_nnunet.knowledge import KnowledgeSource
-from zept_nnunet.knowledge.catalog import catalog
+from zept_nnunet.knowledge.dataset import declared_source, like, own_descriptions
 from zept_nnunet.labels import read_labels
 from zept_nnunet.names import infer_hosts, normalize_name
 from zept_nnunet.taxonomy import Taxonomy, declared_unseen
 
+LINKED = (
+    "the checkpoints are hard links to those in {}: training there again changes this model too (--copy makes copies)"
+)
 # what dataset.json holds that an added tumor changes; the plans keep it, for `zept remove-tumor`
 CHANGED_KEYS = ("labels", "regions_class_order", "zept")
 
@@ -108,8 +111,10 @@ def add_tumors(
     if not requests:
         raise ZePTError("no tumor to add: give --name NAME --host ORGAN, or --declared")
     taxonomy = Taxonomy.from_dict(block["taxonomy"])
-    resolved = assign_labels([_complete(r, taxonomy, dataset_json, source) for r in requests], dataset_json, source)
-    knowledge = knowledge or plans_block.declared_source(dataset_json, str(source / "dataset.json"))
+    resolved = assign_labels(
+        [_complete(r, taxonomy, dataset_json, source, block["anomalies"]) for r in requests], dataset_json, source
+    )
+    knowledge = knowledge or declared_source(dataset_json, str(source / "dataset.json"))
     notes: list[str] = []
     before = {
         "plans_name": plans.get("plans_name"),
@@ -143,10 +148,7 @@ def add_tumors(
         lambda built: check_unchanged(source, built, configuration),
     )
     if linked:
-        notes.append(
-            f"the checkpoints are hard links to those in {source}: training there again changes this model too "
-            "(--copy makes copies)"
-        )
+        notes.append(LINKED.format(source))
     skipped = sorted({p.name for p in source.glob("fold_*") if p.is_dir()} - set(trained_folds))
     if skipped:
         notes.append(f"left out, as they hold no checkpoint yet: {', '.join(skipped)}")
@@ -156,7 +158,13 @@ def add_tumors(
 
 # ---------------------------------------------------------------------------------------------------- the old folder
 # ---------------------------------------------------------------------------------------------------- the requests
-def _complete(request: TumorRequest, taxonomy: Taxonomy, dataset_json: Mapping[str, Any], source: Path) -> TumorRequest:
+def _complete(
+    request: TumorRequest,
+    taxonomy: Taxonomy,
+    dataset_json: Mapping[str, Any],
+    source: Path,
+    anomalies: Mapping[str, str],
+) -> TumorRequest:
     """Fill in hosts, label and description; hosts in the taxonomy's spelling."""
     name = request.name.strip()
     key = normalize_name(name)
@@ -166,13 +174,14 @@ def _complete(request: TumorRequest, taxonomy: Taxonomy, dataset_json: Mapping[s
         raise ZePTError(f"{request.name!r} is a name that nnU-Net keeps for itself; choose another")
     taken = {normalize_name(n): n for n in dataset_json["labels"]}
     taken |= {normalize_name(c.name): c.name for c in taxonomy.classes}
+    taken |= {normalize_name(n): f"query for {n}" for n in anomalies}
     if key in taken:
         raise ZePTError(
             f"{request.name!r}: the model in {source} has a class {taken[key]!r} already; choose another name"
         )
 
     declared = next((t for t in declared_unseen(dict(dataset_json)) if normalize_name(t.name) == key), None)
-    texts = (dataset_json.get("zept") or {}).get("knowledge") or {}
+    texts = own_descriptions(dataset_json)
     described = next((text for n, text in texts.items() if normalize_name(n) == key), None)
     hosts = request.hosts or (declared.hosts if declared else None)
     organs = [o.name for o in taxonomy.organs]
@@ -185,7 +194,7 @@ def _complete(request: TumorRequest, taxonomy: Taxonomy, dataset_json: Mapping[s
     hosts = declared_hosts(list(hosts or ()), labels, by_label, f"{source / 'dataset.json'}, host of {name!r}")
     if request.like is not None and request.description is not None:
         raise ZePTError(f"{name!r}: --like takes a built-in description, --description brings one; give one of both")
-    description = _like(request.like) if request.like is not None else request.description
+    description = like(request.like, "tumor") if request.like is not None else request.description
     description = description if description is not None else described
     if description is not None and not description.strip():
         raise ZePTError(f"{name!r}: the description is empty; write a sentence or leave --description out")
@@ -195,19 +204,6 @@ def _complete(request: TumorRequest, taxonomy: Taxonomy, dataset_json: Mapping[s
         description,
         request.label if request.label is not None else (declared.label if declared else None),
     )
-
-
-def _like(name: str) -> str:
-    """The built-in description of that name."""
-    entry = catalog().find(name)
-    if entry is None:
-        near = catalog().nearest(name)
-        raise ZePTError(
-            f"--like {name!r}: no built-in description of that name"
-            + (f"; did you mean {', '.join(map(repr, near))}?" if near else "")
-            + " `zept knowledge list` shows all"
-        )
-    return entry.text
 
 
 def _label_values(dataset_json: Mapping[str, Any]) -> set[int]:
@@ -267,7 +263,7 @@ def extend_dataset_json(dataset_json: dict[str, Any], request: TumorRequest) -> 
         # painted last, over its host
         dataset_json["regions_class_order"] = [*dataset_json["regions_class_order"], label]
 
-    zept = dataset_json.setdefault("zept", {})
+    zept = dataset_json["zept"] = dict(dataset_json.get("zept") or {})
     if "unseen" in zept:
         zept["unseen"] = {n: v for n, v in zept["unseen"].items() if normalize_name(n) != key}
         if not zept["unseen"]:

@@ -53,6 +53,8 @@ def embed_cases(
     files = create_lists_from_splitted_dataset_folder(str(images), ending)
     if not files:
         raise ZePTError(f"no images in {images}: wanted CASE_0000{ending}")
+    if not network.predict_tumors:
+        raise ZePTError(f"{model_folder} is a stage I model: it has no tumor queries yet")
     names = tuple(c.name for c in network.taxonomy.classes)
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
     network = network.to(predictor.device).eval()

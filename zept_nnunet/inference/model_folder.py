@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from zept_nnunet.errors import ZePTError
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
 _FOLD_FILES = ("debug.json", "progress.png", "network_architecture.pdf", "validation/summary.json")
 _CROSSVAL_FILES = ("summary.json", "postprocessing.pkl", "postprocessing.json")
+_ORGANS_ALONE = "ZePTTrainerStageI"
 _FINGERPRINT_KEY = ".seg_layers.fingerprint"
 
 
@@ -59,17 +61,19 @@ def output(
     output_folder: str | os.PathLike[str] | None,
     plans: Mapping[str, Any],
     rename: Callable[[str], str],
+    if_there: str = "remove it, or give another folder with -o",
 ) -> tuple[Path, str]:
     """The new folder's path and the name that its plans get.
 
     Args:
         output_folder: any new folder; None: a sibling named after the new plans.
         rename: the old plans' name → the new plans'.
+        if_there: what to do where the folder exists.
 
     Raises:
         ZePTError: the folder exists, or it and the model lie inside each other, or no name can be derived.
     """
-    plans_name = rename(str(plans.get("plans_name", "nnUNetPlans")))
+    plans_name = str(plans.get("plans_name", "nnUNetPlans"))
     here = source.resolve()
     if output_folder is None:
         parts = here.name.split("__")
@@ -83,8 +87,7 @@ def output(
     else:
         target = Path(output_folder).absolute()
         parts = target.name.split("__")
-        if len(parts) == 3:  # a folder that -p is to find
-            plans_name = parts[1]
+        plans_name = parts[1] if len(parts) == 3 else rename(plans_name)  # as -p is to find it
     resolved = target.resolve()
     if resolved == here:
         raise ZePTError(f"no model is changed in place, and {target} is the model itself; give another folder with -o")
@@ -93,7 +96,7 @@ def output(
             f"the output {target} and the model {source} lie inside each other; give another folder with -o"
         )
     if os.path.lexists(target):
-        raise ZePTError(f"the output {target} exists already; remove it, or give another folder with -o")
+        raise ZePTError(f"the output {target} exists already; {if_there}")
     return target, plans_name
 
 
@@ -134,6 +137,11 @@ def check_checkpoints(source: Path, folds: Iterable[str], block: Mapping[str, An
             raise ZePTError(
                 f"{path} was trained by {trainer}, not by a ZePT trainer: its network has no queries to add to. "
                 "Train with -tr ZePTTrainer"
+            )
+        if checkpoint.get("trainer_name") == _ORGANS_ALONE:
+            raise ZePTError(
+                f"{path} is a stage I model ({_ORGANS_ALONE}): it reports no tumor at all. Train stage II first, with "
+                "-tr ZePTTrainerStageII, or both stages with -tr ZePTTrainer"
             )
         if found[0].tolist() != wanted:
             raise ZePTError(
@@ -176,6 +184,7 @@ def write_model(
     check: Callable[[Path], None],
 ) -> bool:
     """Build the folder under a name of its own beside `target`, check it, rename it. True: something is a hard link."""
+    made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     building = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     linked = False
@@ -203,6 +212,9 @@ def write_model(
         building.rename(target)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
         raise
     return linked
 
@@ -218,7 +230,7 @@ def _link(source: Path, target: Path, copy_instead: bool) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
     if not copy_instead:
         try:
-            os.link(source, target)
+            os.link(source.resolve(), target)  # a relative symbolic link would dangle
             return True
         except OSError:
             pass

@@ -12,6 +12,7 @@ from zept_nnunet import plans_block
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import (
     CHANGED_KEYS,
+    LINKED,
     AddedTumors,
     TumorRequest,
     assign_labels,
@@ -57,35 +58,40 @@ def remove_tumors(
             f"{source / 'plans.json'} does not say what the model was before; it was written by another version. The "
             "folder that the tumor was added to still stands where it was"
         )
-    target, plans_name = output(source, output_folder, plans, _without_plus)
+    gone = {normalize_name(name) for name in names}
+    kept = [t for key, t in added.items() if key not in gone]
+    if kept:
+        target, plans_name = output(source, output_folder, plans, lambda name: f"{name}_minus")
+    else:
+        stands = "the model as it was trained; give -o FOLDER for another copy of it"
+        target, plans_name = output(source, output_folder, plans, lambda name: name.removesuffix("_plus"), stands)
     trained_folds = folds(source)
     configuration = check_checkpoints(source, trained_folds, block)
 
-    gone = {normalize_name(name) for name in names}
-    kept = [t for key, t in added.items() if key not in gone]
     texts = (dataset_json.get("zept") or {}).get("knowledge") or {}
     texts = {normalize_name(n): text for n, text in texts.items()}
     new_dataset_json = _restored(dataset_json, copy.deepcopy(before["dataset_json"]))
-    bank = KnowledgeBank.from_dict(block["knowledge"])
     new_taxonomy = Taxonomy.from_dict(before["taxonomy"])
-    requests = [TumorRequest(t.name, t.hosts, texts.get(normalize_name(t.name))) for t in kept]
+    requests = [
+        TumorRequest(t.name, t.hosts, texts.get(normalize_name(t.name)), t.label if taxonomy.has_regions else None)
+        for t in kept
+    ]
     for request in assign_labels(requests, new_dataset_json, source) if requests else []:
         assert request.hosts is not None and request.label is not None
         new_taxonomy = new_taxonomy.with_tumor(request.name, request.label, request.hosts)
         extend_dataset_json(new_dataset_json, request)
-    names_left = {c.name for c in new_taxonomy.classes} | set(block["anomalies"])
-    vectors = {name: vector for name, vector in bank.to_dict()["vectors"].items() if name in names_left}
+    bank = KnowledgeBank.from_dict(block["knowledge"]).without([t.name for k, t in added.items() if k in gone])
     new_block = {
         **block,
         "taxonomy": new_taxonomy.to_dict(),
-        "knowledge": {**block["knowledge"], "vectors": vectors},
+        "knowledge": bank.to_dict(),
         "added": {t.name: block["added"][t.name] for t in kept},
     }
     if not kept:
         del new_block["added"], new_block["before"]
         plans_name = before["plans_name"] if output_folder is not None else plans_name
     new_plans = {**plans, "plans_name": plans_name, "zept": new_block}
-    write_model(
+    linked = write_model(
         source,
         target,
         trained_folds,
@@ -94,15 +100,13 @@ def remove_tumors(
         copy_checkpoints,
         lambda built: check_unchanged(source, built, configuration),
     )
+    old_labels = {t.name: t.label for t in kept}
     left = tuple((t.name, t.label, t.hosts) for t in new_taxonomy.tumors if t.added)
-    return AddedTumors(target, plans_name, left)
-
-
-def _without_plus(plans_name: str) -> str:
-    """The name of the plans that the tumor was added to."""
-    if not plans_name.endswith("_plus"):
-        raise ZePTError(f"the plans' name {plans_name!r} does not end in _plus; give the new folder with -o")
-    return plans_name.removesuffix("_plus")
+    notes = [f"{n!r} moved from label {old_labels[n]} to {v}" for n, v, _ in left if old_labels[n] != v]
+    old_ignore, ignore = (d["labels"].get("ignore") for d in (dataset_json, new_dataset_json))
+    if ignore != old_ignore:
+        notes.append(f"the ignore label moved from {old_ignore} to {ignore}")
+    return AddedTumors(target, plans_name, left, (*notes, *([LINKED.format(source)] if linked else [])))
 
 
 def _restored(dataset_json: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

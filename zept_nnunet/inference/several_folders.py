@@ -45,9 +45,13 @@ def change_all(folders: Sequence[Path], change: Callable[[Path], AddedTumors]) -
     return done
 
 
-def change_ensemble(ensemble: Path, change: Callable[[Path], AddedTumors]) -> tuple[list[AddedTumors], Path]:
+def change_ensemble(
+    ensemble: Path, change: Callable[[Path], AddedTumors], parent: Path | None = None
+) -> tuple[list[AddedTumors], Path]:
     """Change every member, and write the ensemble's folder that goes with the new members.
 
+    `parent` holds the new members, where they do not stand beside the old ones; its folder `ensembles` the new
+    ensemble.
     nnU-Net's postprocessing was determined on the trained classes; it goes on to hold for them.
 
     Raises:
@@ -56,7 +60,9 @@ def change_ensemble(ensemble: Path, change: Callable[[Path], AddedTumors]) -> tu
     here = ensemble.resolve()
     changed = change_all(members(ensemble), change)
     folds = here.name.split("___")[-1]
-    target = here.parent / "___".join((_PREFIX.rstrip("_"), *(c.folder.name for c in changed), folds))
+    folder = here.parent if parent is None else parent.absolute() / "ensembles"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "___".join((_PREFIX.rstrip("_"), *(c.folder.name for c in changed), folds))
     try:
         if target.exists():
             raise ZePTError(f"the ensemble's folder {target} exists already; remove it")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.source import KnowledgeSource
 from zept_nnunet.knowledge.texts import Description
+from zept_nnunet.knowledge.vectors import text_key
 
 _DECIMALS = 6  # plain JSON, the same number on every machine
 
@@ -26,12 +27,13 @@ class QuietVector(list):
 
 @dataclass(frozen=True)
 class KnowledgeBank:
-    """Encoder's identity and one vector per class name."""
+    """Encoder's identity, one vector per class name, and which classes the user described, with their text's key."""
 
     encoder: str
     revision: str
     width: int
     vectors: Mapping[str, list[float]]
+    own_texts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def build(cls, descriptions: Mapping[str, Description], source: KnowledgeSource) -> KnowledgeBank:
@@ -61,13 +63,20 @@ class KnowledgeBank:
         Raises:
             ZePTError: the source's encoder is not the one of this bank, or a text cannot be encoded.
         """
-        if (source.name, source.revision, source.width) != (self.encoder, self.revision, self.width):
+        if self.vectors and not source.is_that_of(self.revision, self.width, self.vectors):
             raise ZePTError(
                 f"the model's vectors were made by {self.encoder} (revision {self.revision}, width {self.width}); "
-                f"got {source.name} (revision {source.revision}, width {source.width}). Use the model's encoder"
+                f"got {source.name} (revision {source.revision}, width {source.width}). Use the model's encoder, or "
+                "a file that holds the vectors of the model's classes too"
             )
         found = {name: _quiet(vector) for name, vector in source.vectors(descriptions).items()}
-        return replace(self, vectors={**self.vectors, **found})
+        own = {name: text_key(d.text) for name, d in descriptions.items() if d.is_own}
+        return replace(self, vectors={**self.vectors, **found}, own_texts={**self.own_texts, **own})
+
+    def without(self, names: Collection[str]) -> KnowledgeBank:
+        """A bank that lacks these classes."""
+        vectors = {name: v for name, v in self.vectors.items() if name not in names}
+        return replace(self, vectors=vectors, own_texts={n: t for n, t in self.own_texts.items() if n not in names})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON (the vectors print as their length)."""
@@ -75,6 +84,7 @@ class KnowledgeBank:
             "encoder": self.encoder,
             "revision": self.revision,
             "width": self.width,
+            "own_texts": dict(self.own_texts),
             "vectors": {name: QuietVector(vector) for name, vector in self.vectors.items()},
         }
 
@@ -94,6 +104,7 @@ class KnowledgeBank:
             str(d["revision"]),
             width,
             {name: QuietVector(vector) for name, vector in d["vectors"].items()},
+            dict(d.get("own_texts", {})),
         )
 
 

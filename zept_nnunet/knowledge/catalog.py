@@ -18,7 +18,14 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.names import is_generic_tumor, name_key
+from zept_nnunet.names import (
+    host_words,
+    infer_is_tumor,
+    is_generic_tumor,
+    kind_of_tumor,
+    name_key,
+    part_before_and,
+)
 
 SECTIONS = ("location", "shape", "structure", "ct", "healthy", "mimics")
 
@@ -56,6 +63,8 @@ class Catalog:
         for entry in entries:
             self.entries.setdefault(entry.name, entry)
             for name in (entry.name, *entry.synonyms):
+                if not name_key(name):
+                    raise ZePTError(f"{entry.file}, {entry.name!r}: the name or synonym {name!r} holds no word")
                 other = self._by_key.setdefault(name_key(name), entry)
                 if other is not entry:
                     collisions.append(f"{name!r} ({other.name!r} and {entry.name!r})")
@@ -68,26 +77,33 @@ class Catalog:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def find(self, name: str, hosts: Sequence[str] = ()) -> Entry | None:
+    def find(self, name: str, hosts: Sequence[str] = (), kind: str | None = None) -> Entry | None:
         """The entry that a class name stands for; None where nothing fits.
 
         Args:
             name: as a dataset writes it: "kidney_tumour", "Lung_Upper_Lobe_L", "cancer".
             hosts: of a tumor. They tell what "cancer" means: of ["liver"], the liver tumor.
+            kind: "organ" or "tumor", where only such an entry will do. As an organ "kidney and tumor" is the kidney.
         """
+        name = part_before_and(name) if kind == "organ" else name
         found = self._by_key.get(name_key(name))
-        if found is not None or not is_generic_tumor(name):
-            return found
+        if found is None and infer_is_tumor(name) and kind != "organ":  # "right kidney tumor" → "kidney tumor"
+            found = self._by_key.get(tuple(w for w in name_key(name) if w not in ("left", "right")))
+        if found is not None:
+            return found if kind in (None, found.kind) else None
+        if kind == "organ" or not is_generic_tumor(name):
+            return None
         candidates = {id(e): e for e in (self._of_host(name, host) for host in hosts) if e is not None}
         return next(iter(candidates.values())) if len(candidates) == 1 else None
 
     def _of_host(self, name: str, host: str) -> Entry | None:
-        """ "cyst" in "right kidney" → "kidney cyst" (or "right kidney cyst"); other tumor words → "… tumor"."""
-        organ = self._by_key.get(name_key(host))
+        """ "cyst" in "right kidney" → "right kidney cyst", else "kidney cyst"; "nodule" → "… nodule", or "… tumor"."""
+        organ = self.find(host, kind="organ")
         names = [host] + ([organ.name] if organ else [])
-        names += [" ".join(w for w in name_key(n) if w not in ("left", "right")) for n in names]
-        kind = "cyst" if "cyst" in name_key(name) else "tumor"
-        return next((e for n in names if (e := self._by_key.get(name_key(f"{n} {kind}"))) is not None), None)
+        names += [host_words(n) for n in names]
+        kinds = [kind_of_tumor(name)] + ([] if kind_of_tumor(name) == "cyst" else ["tumor"])
+        found = (self._by_key.get(name_key(f"{n} {kind}")) for kind in kinds for n in names)
+        return next((e for e in found if e is not None and e.kind == "tumor"), None)
 
     def nearest(self, name: str, number: int = 3) -> list[str]:
         """Names that look like `name`, for an error message."""
@@ -109,6 +125,10 @@ def read_entries(path: Path) -> list[Entry]:
         raise ZePTError(f"cannot read {path} ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ZePTError(f"{path} is no valid YAML: {error}") from error
+    named = content.get("entries") if isinstance(content, dict) else None
+    odd = [name for name in named if not isinstance(name, str)] if isinstance(named, dict) else []
+    if odd:
+        raise ZePTError(f"{path}: YAML reads the names {odd} as something else than text; put them in quotes")
     problems = sorted(Draft202012Validator(_schema()).iter_errors(content), key=lambda e: list(map(str, e.path)))
     if problems:
         where = [f"{' > '.join(map(str, e.path)) or 'the file'}: {e.message}" for e in problems[:10]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,10 @@ from zept_nnunet.errors import ZePTError
 EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"  # the encoder of the vectors that come with the package
 MAX_WORDS = 2000  # of a description; the built-in ones have some 150
 INSTALL = 'pip install "zept-nnunet[text]"'
+MAX_CHARACTERS = 20_000
 _OVERLAP = 32  # tokens that two windows of a long text share
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+_LONGEST_WINDOW = 512  # of encoders that name no limit
 
 
 class TextEncoder(Protocol):
@@ -55,36 +59,58 @@ class HuggingFaceEncoder:
         if importlib.util.find_spec("transformers") is None:
             raise ZePTError(f"encoding a text needs transformers: {INSTALL}")
         self.source = str(name_or_folder)
-        self.is_folder = Path(self.source).is_dir()
-        self.name = name or (Path(self.source).resolve().name if self.is_folder else self.source)
+        self.name = name or (Path(self.source).resolve().name if Path(self.source).is_dir() else self.source)
+
+    @cached_property
+    def _folder(self) -> Path:
+        """Where its files are: the given folder, or the hub's in the cache."""
+        import transformers
+
+        if Path(self.source).is_dir():
+            return Path(self.source)
+        try:
+            return Path(str(transformers.utils.cached_file(self.source, "config.json"))).parent
+        except (OSError, ValueError) as error:
+            raise self._unfit(error) from error
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         import transformers
+        from safetensors import SafetensorError
 
         transformers.utils.logging.disable_progress_bar()
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.source, use_fast=True)
-            model = transformers.AutoModel.from_pretrained(self.source, use_safetensors=True)
-        except (OSError, ValueError, ImportError) as error:
-            raise ZePTError(
-                f"cannot load the text encoder {self.source!r}: wanted a name on the Hugging Face hub or a folder with "
-                f"config.json, a tokenizer and model.safetensors ({' '.join(str(error).split())[:300]})"
-            ) from error
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.source, use_fast=True, trust_remote_code=False)
+            model, info = transformers.AutoModel.from_pretrained(
+                self.source, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            raise self._unfit(error) from error
+        absent = [key for key in info["missing_keys"] if "pooler" not in key] + list(info["mismatched_keys"])
+        if absent:  # transformers has filled them with random numbers
+            raise self._unfit(f"its weights do not hold {[str(key) for key in absent[:3]]}")
+        if model.config.is_encoder_decoder:
+            model = model.get_encoder()
         if not tokenizer.is_fast:
-            raise ZePTError(f"{self.source}: the tokenizer has no fast version (tokenizer.json), which windows need")
+            raise self._unfit("its tokenizer has no fast version (tokenizer.json), which windows need")
         return tokenizer, model.eval()
+
+    def _unfit(self, why: object) -> ZePTError:
+        return ZePTError(
+            f"cannot use the text encoder {self.source!r}: wanted one of the BERT family, by its name on the Hugging "
+            "Face hub or in a folder with config.json, a tokenizer and model.safetensors: "
+            + " ".join(str(why).split())[:300]
+        )
 
     @cached_property
     def revision(self) -> str:
-        """The hub's commit, or the start of the weights' SHA-256 where the encoder is a folder."""
-        if not self.is_folder:
-            return str(getattr(self._loaded[1].config, "_commit_hash", None) or "unknown")
-        digest = hashlib.sha256()
-        weights = sorted(Path(self.source).glob("*.safetensors"))
+        """The start of the SHA-256 of what it computes with: weights, tokenizer and window."""
+        assert self._loaded is not None  # the hub's files are in the cache from here on
+        weights = sorted(self._folder.glob("*.safetensors"))
         if not weights:
-            raise ZePTError(f"{self.source} holds no *.safetensors; other formats of weights are not loaded")
-        for path in weights:
+            raise self._unfit("it holds no *.safetensors; other formats of weights are not loaded")
+        digest = hashlib.sha256(str(self.window).encode())
+        for path in (*weights, *(self._folder / n for n in _TOKENIZER_FILES if (self._folder / n).is_file())):
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
@@ -93,21 +119,22 @@ class HuggingFaceEncoder:
     @cached_property
     def width(self) -> int:
         """Numbers of a vector."""
-        return int(self._loaded[1].config.hidden_size)
+        return len(self._encode_one("a"))
 
     @cached_property
     def window(self) -> int:
         """Tokens that the encoder reads at once, special ones included."""
-        import json
-
         tokenizer, model = self._loaded
-        limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
-        if getattr(model.config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-            limits[1] -= 2  # positions there begin after the padding's index
-        setting = Path(self.source) / "sentence_bert_config.json"
+        positions = getattr(model.config, "max_position_embeddings", None)
+        table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+        padding: int | None = getattr(table, "padding_idx", None)
+        if positions is not None and padding is not None:
+            positions -= padding + 1  # positions there begin after the padding's index
+        limits = [tokenizer.model_max_length, positions]
+        setting = self._folder / "sentence_bert_config.json"
         if setting.is_file():
             limits.append(json.loads(setting.read_text(encoding="utf-8")).get("max_seq_length"))
-        return min(int(limit) for limit in limits if limit)
+        return min(_LONGEST_WINDOW, *(int(limit) for limit in limits if limit))
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Return float32 vectors of unit length, shape (len(texts), width).
@@ -130,16 +157,19 @@ class HuggingFaceEncoder:
             max_length=self.window,
             stride=min(_OVERLAP, self.window // 4),
             return_overflowing_tokens=True,
-            padding=True,
-            return_tensors="pt",
         )
-        inputs = {k: windows[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in windows}
+        total: Any = 0.0
+        count = 0
         with torch.inference_mode():
-            states = getattr(model(**inputs), "last_hidden_state", None)
-        if states is None:
-            raise ZePTError(f"{self.source} gives no hidden states of tokens: it is no encoder of the BERT family")
-        is_token = inputs["attention_mask"].bool()
-        mean = states[is_token].double().mean(0)  # (tokens of all windows, width)
+            for ids in windows["input_ids"]:
+                inputs = torch.tensor([ids])
+                try:
+                    states = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).last_hidden_state
+                except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+                    raise self._unfit(error) from error
+                total = total + states[0].double().sum(0)
+                count += len(ids)
+        mean = total / count
         vector: np.ndarray = (mean / mean.norm()).numpy()
         return vector
 
@@ -171,10 +201,15 @@ def check_length(text: str) -> None:
     """Refuse an empty or overlong description.
 
     Raises:
-        ZePTError: the text holds no letter, or more than 2,000 words.
+        ZePTError: the text holds no letter, more than 2,000 words or 20,000 characters, or is no valid Unicode.
     """
     words = len(text.split())
-    if words > MAX_WORDS:
-        raise ZePTError(f"a description of {words} words is too long: at most {MAX_WORDS}; it begins {text[:60]!r}")
+    if words > MAX_WORDS or len(text) > MAX_CHARACTERS:
+        raise ZePTError(
+            f"a description of {words} words and {len(text)} characters is too long: at most {MAX_WORDS} words and "
+            f"{MAX_CHARACTERS} characters; it begins {text[:60]!r}"
+        )
     if not any(c.isalpha() for c in text):
         raise ZePTError(f"a description needs at least one word, got {text[:60]!r}")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ZePTError(f"a description must be valid Unicode, got {text[:60]!r}; is the terminal's encoding UTF-8?")

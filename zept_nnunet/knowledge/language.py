@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
 from zept_nnunet.errors import ZePTError
 
+_OTHER_SCRIPT = re.compile(r"[^\W\d_\u0000-\u024f]{2}")
 _ENOUGH_WORDS = 5  # below, a language is a guess
 _SURE = 0.95
 # between which to judge; with rare languages among them, Latin terms would be taken for one
@@ -17,10 +19,9 @@ def check_english(text: str) -> None:
     """Refuse a text that is surely another language.
 
     Raises:
-        ZePTError: most letters are no Latin ones, or the text is long enough to be told and is not English.
+        ZePTError: a word is of another script, or the text is long enough to be told and is not English.
     """
-    letters = [c for c in text if c.isalpha()]
-    if letters and sum(c > "\u024f" for c in letters) > len(letters) / 2:
+    if _OTHER_SCRIPT.search(text):  # one letter may be a symbol, as in "β-hCG"
         raise _refusal(text, "another script")
     if len(text.split()) < _ENOUGH_WORDS:
         return

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cache
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -13,19 +14,40 @@ from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.encoders import INSTALL, EnglishEncoder, TextEncoder
 from zept_nnunet.knowledge.texts import Description
 from zept_nnunet.knowledge.vectors import VectorFile, read_vectors
+from zept_nnunet.names import name_key
+
+_SAME = 1e-4  # plans hold vectors with six decimals
 
 
 class KnowledgeSource:
-    """Vectors by text from a file; texts that it lacks go to the encoder, if it is the one that made the file."""
+    """Vectors by text from a file; texts that it lacks go to the encoder, if it is the one that made the file.
+
+    An encoder is known by `revision`, a checksum of what it computes with, and `width`; its name is for reading.
+    """
 
     def __init__(self, file: VectorFile | None = None, encoder: Callable[[], TextEncoder] | None = None):
-        """One of both is enough. `encoder` is called when a text is missing; it may raise ZePTError."""
+        """One of both is enough. `encoder` is called once, when it is needed; it may raise ZePTError."""
         assert file is not None or encoder is not None
         self.file, self._make_encoder = file, encoder
-        made_by = file if file is not None else encoder() if encoder is not None else None
-        assert made_by is not None
+        made_by = file if file is not None else self._encoder
         self.name = made_by.encoder if isinstance(made_by, VectorFile) else made_by.name
         self.revision, self.width = made_by.revision, made_by.width
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        assert self._make_encoder is not None
+        return self._make_encoder()
+
+    def is_that_of(self, revision: str, width: int, vectors: Mapping[str, Sequence[float]]) -> bool:
+        """Whether a model's vectors (by class name) are by this encoder.
+
+        A file that a user made names no encoder; it is the model's where the vectors of the model's classes in it are.
+        """
+        if self.file is None or not self.file.is_own:
+            return (self.revision, self.width) == (revision, width)
+        found = {n: self.file.by_name.get(name_key(n)) for n in vectors}
+        shared = [(v, vectors[n]) for n, v in found.items() if v is not None and len(vectors[n]) == len(v)]
+        return bool(shared) and all(np.abs(a - np.asarray(b)).max() < _SAME for a, b in shared)
 
     def vectors(self, descriptions: Mapping[str, Description]) -> dict[str, np.ndarray]:
         """Per class name, its vector of unit length.
@@ -38,32 +60,39 @@ class KnowledgeSource:
             vector = self.file.find(name, d.text, d.is_own) if self.file is not None else None
             if vector is not None:
                 found[name] = vector
-        missing = [name for name in descriptions if name not in found]
+        missing = {name: d for name, d in descriptions.items() if name not in found}
         if missing:
-            encoder = self._encoder(missing, descriptions)
-            for name in missing:
+            encoder = self._checked_encoder(missing)
+            for name, description in missing.items():
                 try:
-                    found[name] = encoder.encode([descriptions[name].text])[0]
+                    found[name] = encoder.encode([description.text])[0]
                 except ZePTError as error:
                     raise ZePTError(f"the description of {name!r}: {error}") from error
         return {name: found[name] for name in descriptions}
 
-    def _encoder(self, missing: list[str], descriptions: Mapping[str, Description]) -> TextEncoder:
-        own = [name for name in missing if descriptions[name].is_own]
-        what = f"no vector for the text of {missing}" + (f" (described by you: {own})" if own else "")
+    def _checked_encoder(self, missing: Mapping[str, Description]) -> TextEncoder:
+        own = [name for name, d in missing.items() if d.is_own]
+        what = f"no vector for the text of {[*missing]}" + (f" (described by you: {own})" if own else "")
+        texts = " ".join(f"--text {shlex.quote(d.text)}" for d in missing.values())
         if self._make_encoder is None:
-            raise ZePTError(
-                f"{self.file.path if self.file else ''}: {what}. Encode it with the encoder that made this file: "
-                f"zept knowledge encode --encoder {self.name} -d DATASET_ID -o FILE"
-            )
+            assert self.file is not None
+            if self.file.is_own:
+                remedy = f"add a tensor of each of these names to it, of {self.width} numbers" + (
+                    ", and take its description out of zept.knowledge" if own else ""
+                )
+            else:
+                remedy = (
+                    f"encode them by {self.name} (its name on the Hugging Face hub or its folder): zept knowledge "
+                    f"encode --encoder ENCODER {texts} -o FILE, and name that FILE; or zept add-tumor --encoder ENCODER"
+                )
+            raise ZePTError(f"{self.file.path}: {what}; {remedy}")
         try:
-            encoder = self._make_encoder()
+            encoder = self._encoder
         except ZePTError as error:
             raise ZePTError(
-                f"{what}: it is no built-in description, and {error}. Or bring vectors of your own: "
-                "zept knowledge encode --help"
+                f"{what}: it is no built-in description, and {error}. Or bring vectors of your own (docs/knowledge.md)"
             ) from error
-        if (encoder.name, encoder.revision, encoder.width) != (self.name, self.revision, self.width):
+        if (encoder.revision, encoder.width) != (self.revision, self.width):
             raise ZePTError(
                 f"{what}, and the installed encoder is another one: {encoder.name} (revision {encoder.revision}, width "
                 f"{encoder.width}); wanted {self.name} (revision {self.revision}, width {self.width}). {INSTALL}"

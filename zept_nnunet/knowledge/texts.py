@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import Catalog, catalog
-from zept_nnunet.names import is_generic_tumor, name_key, normalize_name
+from zept_nnunet.names import is_generic_tumor, kind_of_tumor, normalize_name
 from zept_nnunet.taxonomy import Taxonomy
+
+_FURTHER_KINDS = ("mass", "lesion", "nodule", "metastasis")
 
 
 @dataclass(frozen=True)
@@ -24,69 +26,114 @@ class Description:
         return self.origin == "own"
 
 
-def describe(name: str, hosts: Sequence[str] = (), own: str | None = None) -> Description:
-    """The description of a class. `hosts`: of a tumor, the organs that it sits in.
+def describe_organ(name: str, own: str | None = None) -> Description:
+    """The description of an organ; of "liver and tumor", as regions are called, that of the liver.
 
     Raises:
-        ZePTError: the user's own description is empty.
+        ZePTError: the user's own description is empty, or like nothing that is described.
     """
     if own is not None:
-        if not own.strip():
-            raise ZePTError(f"the description of {name!r} is empty; write a sentence or remove it")
-        return Description(own, "own")
-    entry = catalog().find(name, hosts)
-    if entry is not None:
-        return Description(entry.text, f"built-in ({entry.name})")
-    return Description(_from_name(name, hosts), "name")
+        return _own(name, own)
+    entry = catalog().find(name, kind="organ")
+    return (
+        Description(entry.text, f"built-in ({entry.name})") if entry is not None else Description(_words(name), "name")
+    )
+
+
+def describe_tumor(name: str, hosts: Sequence[str] = (), own: str | None = None) -> Description:
+    """The description of a tumor; `hosts` are the organs that it sits in.
+
+    Raises:
+        ZePTError: as `describe_organ`.
+    """
+    if own is not None:
+        return _own(name, own)
+    entry = catalog().find(name, hosts, kind="tumor")
+    return Description(entry.text, f"built-in ({entry.name})") if entry is not None else _from_name(name, hosts)
 
 
 def describe_all(taxonomy: Taxonomy, own: Mapping[str, str]) -> dict[str, Description]:
     """Per class name, its description; `own` by class name in any spelling.
 
+    Of two tumors of one place whose names say nothing ("tumor" and "masses"), the second is described by its name.
+
     Raises:
-        ZePTError: `own` describes what is no class, one text is empty, or two classes of the same place would have the
-            same text, so that nothing could tell them apart.
+        ZePTError: `own` describes what is no class, or one class twice; one text is empty; or two classes of the same
+            place have the same text, so that nothing could tell them apart.
     """
-    given = {normalize_name(name): text for name, text in own.items()}
-    found = {o.name: describe(o.name, (), given.pop(normalize_name(o.name), None)) for o in taxonomy.organs}
+    given: dict[str, str] = {}
+    for name, text in own.items():
+        if normalize_name(name) in given:
+            raise ZePTError(f"zept.knowledge describes {name!r} twice; keep one of the two")
+        given[normalize_name(name)] = text
+    found = {o.name: describe_organ(o.name, given.pop(normalize_name(o.name), None)) for o in taxonomy.organs}
+    places: dict[tuple[str, frozenset[str]], str] = {(d.text, frozenset()): name for name, d in found.items()}
     for tumor in taxonomy.tumors:
-        found[tumor.name] = describe(tumor.name, tumor.hosts, given.pop(normalize_name(tumor.name), None))
+        hosts = frozenset(tumor.hosts)
+        description = describe_tumor(tumor.name, tumor.hosts, given.pop(normalize_name(tumor.name), None))
+        if (description.text, hosts) in places and not description.is_own and is_generic_tumor(tumor.name):
+            description = _from_name(tumor.name, tumor.hosts)
+        found[tumor.name] = description
+        refuse_twin(tumor.name, places.get((description.text, hosts)), description)
+        places[description.text, hosts] = tumor.name
+    for organ in taxonomy.organs:
+        text = found[organ.name].text
+        twin = next((n for n, d in found.items() if d.text == text and n != organ.name), None)
+        refuse_twin(organ.name, twin, found[organ.name])
     if given:
         raise ZePTError(f"zept.knowledge describes classes that are no labels: {sorted(given)}; labels: {list(found)}")
-    hosts = {t.name: frozenset(t.hosts) for t in taxonomy.tumors}
-    seen: dict[tuple[str, frozenset[str]], str] = {}
-    for name, description in found.items():
-        other = seen.setdefault((description.text, hosts.get(name, frozenset())), name)
-        if other != name:
-            raise ZePTError(
-                f"{other!r} and {name!r} have the same description ({description.origin}): nothing tells them apart; "
-                f'describe one of them in dataset.json: "zept": {{"knowledge": {{"{name}": "…"}}}}'
-            )
     return found
+
+
+def refuse_twin(name: str, other: str | None, description: Description) -> None:
+    """Raise where another class has the same description.
+
+    Raises:
+        ZePTError: `other` is not None.
+    """
+    if other is not None:
+        raise ZePTError(
+            f"{other!r} and {name!r} have the same description ({description.origin}): nothing tells them apart. "
+            f'Describe one of them in other words: --description, or in dataset.json "zept": {{"knowledge": '
+            f'{{"{name}": "…"}}}}'
+        )
 
 
 def describe_abnormal(organ: str) -> Description:
     """The text of the query for abnormal tissue in an organ."""
-    entry = catalog().find(organ)
-    return Description(_abnormal(entry.name if entry is not None else _words(organ)), "name")
+    return Description(_abnormal(_organ_words(organ)), "name")
 
 
 def built_in_texts(entries: Catalog | None = None) -> list[str]:
     """Every text whose vector comes with the package: each entry, and per organ its abnormal tissue, tumor and cyst."""
     entries = entries if entries is not None else catalog()
     organs = [e.name for e in entries if e.kind == "organ"]
+    hosts = {host.name for e in entries for h in e.hosts if (host := entries.find(h, kind="organ")) is not None}
     texts = [e.text for e in entries]
     texts += [_abnormal(organ) for organ in organs]
     texts += [_in_host(kind, organ) for organ in organs for kind in ("tumor", "cyst")]
-    return list(dict.fromkeys([*texts, "tumor", "cyst"]))
+    texts += [_in_host(kind, organ) for organ in organs if organ in hosts for kind in _FURTHER_KINDS]
+    return list(dict.fromkeys([*texts, "tumor", "cyst", *_FURTHER_KINDS]))
 
 
-def _from_name(name: str, hosts: Sequence[str]) -> str:
-    if not is_generic_tumor(name):
-        return f"{_words(name)} in the {' and the '.join(map(_words, hosts))}" if hosts else _words(name)
-    kind = "cyst" if "cyst" in name_key(name) else "tumor"
-    organs = dict.fromkeys(e.name if (e := catalog().find(h)) is not None else _words(h) for h in hosts)
-    return _in_host(kind, " and the ".join(organs)) if organs else kind
+def _own(name: str, text: str) -> Description:
+    if not text.strip():
+        raise ZePTError(f"the description of {name!r} is empty; write a sentence or remove it")
+    return Description(text, "own")
+
+
+def _from_name(name: str, hosts: Sequence[str]) -> Description:
+    """The words of a tumor's name with its hosts; of a name that says nothing, in words that come with a vector."""
+    organs = " and the ".join(dict.fromkeys(map(_organ_words, hosts)))
+    if is_generic_tumor(name):
+        kind = kind_of_tumor(name)
+        return Description(_in_host(kind, organs) if organs else kind, "name")
+    return Description(f"{_words(name)} in the {organs}" if organs else _words(name), "name")
+
+
+def _organ_words(name: str) -> str:
+    entry = catalog().find(name, kind="organ")
+    return entry.name if entry is not None else _words(name)
 
 
 def _in_host(kind: str, organ: str) -> str:

@@ -25,7 +25,7 @@ _BY_TEXT = "text:"
 
 def text_key(text: str) -> str:
     """The key of a text's vector. White space at the ends and its amount between words do not count."""
-    return _BY_TEXT + hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
+    return _BY_TEXT + hashlib.sha256(" ".join(text.split()).encode(errors="surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class VectorFile:
     width: int
     by_text: Mapping[str, np.ndarray]
     by_name: Mapping[tuple[str, ...], np.ndarray]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the user made it, with a tensor per class."""
+        return bool(self.by_name) and not self.by_text
 
     def find(self, name: str, text: str, is_own_text: bool) -> np.ndarray | None:
         """The vector of a class; None where the file has none of this text.
@@ -92,6 +97,11 @@ def read_vectors(path: Path) -> VectorFile:
     wrong = [key for key, v in tensors.items() if not np.isfinite(v).all() or not v.any()]
     if wrong:
         raise ZePTError(f"{path}: the vectors of {wrong[:5]} are not finite or all zeros; {remedy}")
+    named = [key for key in tensors if not key.startswith(_BY_TEXT)]
+    keys = [name_key(key) for key in named]
+    twice = sorted(name for name, key in zip(named, keys, strict=True) if keys.count(key) > 1)
+    if twice:
+        raise ZePTError(f"{path}: {twice} are spellings of one class; keep one of them")
     unit = {key: v / np.linalg.norm(v) for key, v in tensors.items()}
     return VectorFile(
         str(path),

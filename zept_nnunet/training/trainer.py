@@ -27,7 +27,14 @@ from zept_nnunet.losses import TERMS, ZePTLoss
 from zept_nnunet.network.backbone import check_wrappable
 from zept_nnunet.network.heads import to_channels
 from zept_nnunet.network.zept import ZePT, ZePTOutput
-from zept_nnunet.plans_block import build_block, differences, read_block, unlabeled_organs
+from zept_nnunet.plans_block import (
+    build_block,
+    check_planned_texts,
+    differences,
+    own_parts,
+    read_block,
+    unlabeled_organs,
+)
 from zept_nnunet.taxonomy import Taxonomy, annotated_patterns
 from zept_nnunet.training.anomalies import InsertAnomalies, with_anomalies
 from zept_nnunet.training.intensity import intensity_scales, noise_floors
@@ -75,16 +82,20 @@ class ZePTTrainer(KeepsSides):
         name = plans["plans_name"]
         manager = PlansManager({k: v for k, v in plans.items() if k != "continue_training"})
         check_wrappable(manager.get_configuration(configuration), source=f"{name}.json")
-        block = build_block(dataset_json, cls.variant, f"dataset.json of {plans['dataset_name']}")
-        if "zept" in plans:  # from ZePTPlanner: its knowledge and settings hold
-            planned = read_block(plans, f"{name}.json")
-            if planned["taxonomy"] != block["taxonomy"]:
+        source = f"dataset.json of {plans['dataset_name']}"
+        if "zept" not in plans:
+            block = build_block(dataset_json, cls.variant, source)
+        else:  # from ZePTPlanner: its knowledge and settings hold, and nothing has to be encoded
+            block = read_block(plans, f"{name}.json")
+            if block["taxonomy"] != Taxonomy.from_dataset_json(dataset_json, source).to_dict():
                 raise ZePTError(
                     f"{name}.json was planned for other classes than {plans['dataset_name']}/dataset.json names now; "
                     "plan again: zept plan -d ID"
                 )
-            own = ("decoder", "training", "anomalies")  # another variant's trainer takes its own settings
-            block = planned if cls.variant == "zept" else {**planned, **{key: block[key] for key in own}}
+            check_planned_texts(block, dataset_json, f"{name}.json")
+            if cls.variant != "zept":  # another variant's trainer takes its own settings
+                decoder, training, anomalies = own_parts(dataset_json, cls.variant, source)
+                block = {**block, "decoder": decoder, "training": training, "anomalies": anomalies}
         if nnUNet_results.is_set():
             folder = join(nnUNet_results, plans["dataset_name"], f"{cls.__name__}__{name}__{configuration}")
             cls._check_model_folder(folder, block)
