@@ -118,7 +118,9 @@ class Workspace:
         cases = sorted(p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTr").glob("*.nii.gz"))
         path = preprocessed / "splits_final.json"
         if not path.exists():
+            facts = phantom_of(dataset)["cases"]
             folds = [cases[f::5] for f in range(5)]
+            folds.sort(key=lambda fold: all(facts[case]["lesions"] for case in fold))  # first one with a healthy scan
             split = [{"train": [c for c in cases if c not in val], "val": val} for val in folds]
             path.write_text(json.dumps(split, indent=1))
         images = self.folder / "validation_images"
@@ -171,10 +173,19 @@ class Workspace:
         """The aggregate rows of `zept evaluate` for one run."""
         out = self.folder / "runs" / self.budget / method / f"seed{seed}" / "report"
         if not (out / "metrics.csv").is_file():
+            calibration = (
+                ["--calibration", self.predictions(method, seed, "validation")] if self.can_calibrate() else []
+            )
             self.run(seed, method, "zept", "evaluate", "-d", str(PHANTOM), "-i", self.predictions(method, seed, "test"),
-                     "--calibration", self.predictions(method, seed, "validation"), "-o", out, "--bootstrap", "200",
-                     "--strata", self.strata(), "--disable_progress_bar")  # fmt: skip
+                     *calibration, "-o", out, "--bootstrap", "200", "--strata", self.strata(),
+                     "--disable_progress_bar")  # fmt: skip
         return pd.read_csv(out / "metrics.csv")
+
+    def can_calibrate(self) -> bool:
+        """Whether a validation scan is healthy, so that there is a rate of false positives to match; not in `tiny`."""
+        facts = phantom_of(next((self.folder / "nnUNet_raw").glob(f"Dataset{PHANTOM}_*")))["cases"]
+        cases = (p.name.removesuffix("_0000.nii.gz") for p in (self.folder / "validation_images").iterdir())
+        return any(not facts[case]["lesions"] for case in cases)
 
     def strata(self) -> Path:
         """Contrast-to-noise ratio of each test case's largest lesion of a class, in three bins."""
