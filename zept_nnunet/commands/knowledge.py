@@ -88,13 +88,7 @@ def run_show(args: argparse.Namespace) -> int:
     """Print an entry."""
     from zept_nnunet.knowledge.catalog import SECTIONS, catalog
 
-    name = " ".join(args.name)
-    entry = catalog().find(name, args.host)
-    if entry is None:
-        near = catalog().nearest(name)
-        raise ZePTError(
-            f"no description of {name!r}" + (f"; did you mean {', '.join(map(repr, near))}?" if near else "")
-        )
+    entry = catalog().require(" ".join(args.name), args.host)
     print(f"{entry.name} ({entry.kind}; {entry.file})")
     if entry.hosts:
         print(f"hosts: {', '.join(entry.hosts)}")
@@ -155,6 +149,7 @@ def _check_dataset(dataset: str) -> int:
 
 def run_encode(args: argparse.Namespace) -> int:
     """Encode and write."""
+    import numpy as np
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     from zept_nnunet.commands.taxonomy import find_dataset_json, read_dataset_json
@@ -178,8 +173,6 @@ def run_encode(args: argparse.Namespace) -> int:
         texts += [describe_abnormal(organ.name).text for organ in organs]  # whichever of them gets such a query
     texts = list(dict.fromkeys([*texts, *args.text]))
     encoder: TextEncoder = english_encoder() if args.encoder is None else HuggingFaceEncoder(args.encoder)
-    import numpy as np
-
     assert encoder.revision  # loads it, before the progress bar
     vectors = np.concatenate([encoder.encode([text]) for text in tqdm(texts, desc="encode", unit="text")])
     write_vectors(args.o, encoder.name, encoder.revision, texts, vectors)

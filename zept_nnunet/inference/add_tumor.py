@@ -32,9 +32,6 @@ from zept_nnunet.labels import read_labels
 from zept_nnunet.names import infer_hosts, normalize_name
 from zept_nnunet.taxonomy import Taxonomy, declared_unseen
 
-LINKED = (
-    "the checkpoints are hard links to those in {}: training there again changes this model too (--copy makes copies)"
-)
 # what dataset.json holds that an added tumor changes; the plans keep it, for `zept remove-tumor`
 CHANGED_KEYS = ("labels", "regions_class_order", "zept")
 
@@ -138,17 +135,7 @@ def add_tumors(
     _check_agreement(block, new_dataset_json, source)
     new_plans = {**plans, "plans_name": plans_name, "zept": block}
 
-    linked = write_model(
-        source,
-        target,
-        trained_folds,
-        new_plans,
-        new_dataset_json,
-        copy_checkpoints,
-        lambda built: check_unchanged(source, built, configuration),
-    )
-    if linked:
-        notes.append(LINKED.format(source))
+    notes += write_checked(source, target, trained_folds, new_plans, new_dataset_json, copy_checkpoints, configuration)
     skipped = sorted({p.name for p in source.glob("fold_*") if p.is_dir()} - set(trained_folds))
     if skipped:
         notes.append(f"left out, as they hold no checkpoint yet: {', '.join(skipped)}")
@@ -156,7 +143,6 @@ def add_tumors(
     return AddedTumors(target, plans_name, tumors, tuple(notes))
 
 
-# ---------------------------------------------------------------------------------------------------- the old folder
 # ---------------------------------------------------------------------------------------------------- the requests
 def _complete(
     request: TumorRequest,
@@ -274,6 +260,28 @@ def extend_dataset_json(dataset_json: dict[str, Any], request: TumorRequest) -> 
         texts[request.name] = request.description
     if texts:
         zept["knowledge"] = texts
+
+
+def write_checked(
+    source: Path,
+    target: Path,
+    trained_folds: Sequence[str],
+    plans: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+    copy_checkpoints: bool,
+    configuration: str,
+) -> list[str]:
+    """Write the new model folder once it is found to agree with the old one; returns what the user should know."""
+
+    def check(built: Path) -> None:
+        check_unchanged(source, built, configuration)
+
+    if not write_model(source, target, trained_folds, plans, dataset_json, copy_checkpoints, check):
+        return []
+    return [
+        f"the checkpoints are hard links to those in {source}: training there again changes this model too "
+        "(--copy makes copies)"
+    ]
 
 
 def _check_agreement(block: Mapping[str, Any], dataset_json: dict[str, Any], source: Path) -> None:

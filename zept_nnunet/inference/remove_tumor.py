@@ -12,14 +12,13 @@ from zept_nnunet import plans_block
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import (
     CHANGED_KEYS,
-    LINKED,
     AddedTumors,
     TumorRequest,
     assign_labels,
     extend_dataset_json,
+    write_checked,
 )
-from zept_nnunet.inference.model_folder import check_checkpoints, folds, output, read_json, write_model
-from zept_nnunet.inference.unchanged import check_unchanged
+from zept_nnunet.inference.model_folder import check_checkpoints, folds, output, read_json
 from zept_nnunet.knowledge import KnowledgeBank
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy
@@ -91,22 +90,14 @@ def remove_tumors(
         del new_block["added"], new_block["before"]
         plans_name = before["plans_name"] if output_folder is not None else plans_name
     new_plans = {**plans, "plans_name": plans_name, "zept": new_block}
-    linked = write_model(
-        source,
-        target,
-        trained_folds,
-        new_plans,
-        new_dataset_json,
-        copy_checkpoints,
-        lambda built: check_unchanged(source, built, configuration),
-    )
     old_labels = {t.name: t.label for t in kept}
     left = tuple((t.name, t.label, t.hosts) for t in new_taxonomy.tumors if t.added)
     notes = [f"{n!r} moved from label {old_labels[n]} to {v}" for n, v, _ in left if old_labels[n] != v]
     old_ignore, ignore = (d["labels"].get("ignore") for d in (dataset_json, new_dataset_json))
     if ignore != old_ignore:
         notes.append(f"the ignore label moved from {old_ignore} to {ignore}")
-    return AddedTumors(target, plans_name, left, (*notes, *([LINKED.format(source)] if linked else [])))
+    notes += write_checked(source, target, trained_folds, new_plans, new_dataset_json, copy_checkpoints, configuration)
+    return AddedTumors(target, plans_name, left, tuple(notes))
 
 
 def _restored(dataset_json: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

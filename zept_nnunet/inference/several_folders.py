@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from zept_nnunet.datasets.raw_folder import new_dataset
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import AddedTumors
 
@@ -61,24 +62,16 @@ def change_ensemble(
     changed = change_all(members(ensemble), change)
     folds = here.name.split("___")[-1]
     folder = here.parent if parent is None else parent.absolute() / "ensembles"
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / "___".join((_PREFIX.rstrip("_"), *(c.folder.name for c in changed), folds))
     try:
         if target.exists():
             raise ZePTError(f"the ensemble's folder {target} exists already; remove it")
-        scratch = target.with_name(f".{target.name}")
-        shutil.rmtree(scratch, ignore_errors=True)
-        try:
-            scratch.mkdir()
+        with new_dataset(target) as scratch:
             for name in _FILES:
                 if (here / name).is_file():
                     shutil.copyfile(here / name, scratch / name)
             for name in ("plans.json", "dataset.json"):
                 shutil.copyfile(changed[0].folder / name, scratch / name)
-            scratch.rename(target)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
     except BaseException:
         for c in changed:
             shutil.rmtree(c.folder, ignore_errors=True)

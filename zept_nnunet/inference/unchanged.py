@@ -12,8 +12,6 @@ from torch import Tensor
 
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.model_folder import CHECKPOINTS, read_json
-from zept_nnunet.plans_block import read_block
-from zept_nnunet.taxonomy import Taxonomy
 from zept_nnunet.training.trainer import ZePTTrainer
 
 _TOLERANCE = 1e-3  # in log-odds: sums over another number of queries are rounded differently
@@ -29,10 +27,11 @@ def check_unchanged(before: Path, after: Path, configuration: str) -> None:
     Raises:
         ZePTError: a logit differs by more than rounding.
     """
+    networks = [_network(folder, configuration) for folder in (before, after)]
     for fold in sorted(p.name for p in after.glob("fold_*")):
         name = next(c for c in CHECKPOINTS if (after / fold / c).is_file())
         weights = torch.load(after / fold / name, map_location="cpu", weights_only=False, mmap=True)["network_weights"]
-        old, new = (_logits(folder, configuration, weights) for folder in (before, after))
+        old, new = (_logits(network, x, weights) for network, x in networks)
         difference = max((old[names] - new[names]).abs().max().item() for names in old.keys() & new.keys())
         if not difference <= _TOLERANCE:
             raise ZePTError(
@@ -41,19 +40,21 @@ def check_unchanged(before: Path, after: Path, configuration: str) -> None:
             )
 
 
-def _logits(folder: Path, configuration: str, weights: dict[str, Any]) -> dict[tuple[str, ...], Tensor]:
-    """The output of each channel, by the classes that it reports, for a small random input: the same for every call."""
+def _network(folder: Path, configuration: str) -> tuple[Any, Tensor]:
+    """The model's network without its weights, and a small random input (1, C, *), the same for every call."""
     manager = PlansManager(read_json(folder / "plans.json"))
     dataset_json = read_json(folder / "dataset.json")
     settings = manager.get_configuration(configuration)
     channels = len(dataset_json.get("channel_names") or dataset_json.get("modality") or {"0": "CT"})
     heads = manager.get_label_manager(dataset_json).num_segmentation_heads
     network = ZePTTrainer.build_network_architecture(manager, settings, channels, heads, False)
-    network.load_state_dict(weights)
     strides = np.prod([np.broadcast_to(s, len(settings.patch_size)) for s in settings.pool_op_kernel_sizes], axis=0)
     size = [int(s) * max(2, -(-_LEAST_VOXELS // int(s))) for s in strides]
-    x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    return network.eval(), torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _logits(network: Any, x: Tensor, weights: dict[str, Any]) -> dict[tuple[str, ...], Tensor]:
+    """The output of each channel, by the classes that it reports."""
+    network.load_state_dict(weights)
     with torch.inference_mode():
-        logits = network.eval()(x)[0]
-    channels_of = Taxonomy.from_dict(read_block(manager.plans)["taxonomy"]).channels
-    return dict(zip(channels_of, logits, strict=True))
+        return dict(zip(network.taxonomy.channels, network(x)[0], strict=True))

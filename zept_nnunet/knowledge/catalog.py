@@ -105,6 +105,22 @@ class Catalog:
         found = (self._by_key.get(name_key(f"{n} {kind}")) for kind in kinds for n in names)
         return next((e for e in found if e is not None and e.kind == "tumor"), None)
 
+    def require(self, name: str, hosts: Sequence[str] = ()) -> Entry:
+        """As `find`.
+
+        Raises:
+            ZePTError: nothing fits; the message names what looks like it.
+        """
+        entry = self.find(name, hosts)
+        if entry is None:
+            near = self.nearest(name)
+            raise ZePTError(
+                f"no built-in description of {name!r}"
+                + (f"; did you mean {', '.join(map(repr, near))}?" if near else "")
+                + " `zept knowledge list` shows all"
+            )
+        return entry
+
     def nearest(self, name: str, number: int = 3) -> list[str]:
         """Names that look like `name`, for an error message."""
         from difflib import get_close_matches

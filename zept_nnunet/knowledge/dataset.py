@@ -53,14 +53,7 @@ def like(name: str, kind: str | None = None) -> str:
     Raises:
         ZePTError: there is none, or it is of another kind; the message names those that look like it.
     """
-    entry = catalog().find(name)
-    if entry is None:
-        near = catalog().nearest(name)
-        raise ZePTError(
-            f"like {name!r}: no built-in description of that name"
-            + (f"; did you mean {', '.join(map(repr, near))}?" if near else "")
-            + " `zept knowledge list` shows all"
-        )
+    entry = catalog().require(name)
     if kind not in (None, entry.kind):
         raise ZePTError(f"like {name!r}: that is the {entry.kind} {entry.name!r}; name a {kind} (zept knowledge list)")
     return entry.text
