@@ -44,12 +44,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def write_plans(workspace: Workspace, dataset: Path, variant: str) -> str:
-    """The benchmark's plans with the variant's settings, beside them; returns their name."""
+    """The benchmark's plans with the variant's settings over the preset's, beside them; returns their name.
+
+    Without a setting of its own a variant is the benchmark's ZePT, which zero_shot.py trains too, once for both.
+    """
+    if not VARIANTS[variant]:
+        return PLANS
     folder = workspace.folder / "nnUNet_preprocessed" / dataset.name
     plans = json.loads((folder / f"{PLANS}.json").read_text())
     name = f"{PLANS}_{variant}"
+    settings = plans["zept"]["decoder"] | plans["zept"]["training"] | VARIANTS[variant]
     content = json.loads((dataset / "dataset.json").read_text())
-    plans |= {"plans_name": name, "zept": build_block(content, settings=VARIANTS[variant])}
+    plans |= {"plans_name": name, "zept": build_block(content, settings=settings)}
     (folder / f"{name}.json").write_text(json.dumps(plans, indent=4))
     return name
 

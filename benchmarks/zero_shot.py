@@ -8,8 +8,9 @@ results/zero_shot.csv and is skipped when they are there; a killed run goes on w
 final-unseen types are left out unless --final asks for them, and then stand in results/zero_shot_final.csv: variants
 are chosen on the development-unseen type.
 
-With a time budget (--minutes) the same table is made for equal wall-clock instead of equal iterations; then --jobs must
-stay 1, or methods would take the time from each other.
+With --minutes every method trains for the same wall-clock time; with --epochs too, each trains twice, and the table
+holds both budgets side by side: equal iterations, equal wall-clock. Then --jobs must stay 1, or methods would take the
+time from each other.
 """
 
 from __future__ import annotations
@@ -235,11 +236,17 @@ def arguments(description: str | None, names: tuple[str, ...], kind: str) -> arg
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments, checked, with the defaults that depend on others."""
+def parse(parser: argparse.ArgumentParser, both_budgets: bool = False) -> argparse.Namespace:
+    """The arguments, checked, with the defaults that depend on others.
+
+    Args:
+        both_budgets: iterations and wall-clock may both be given.
+    """
     args = parser.parse_args()
-    if args.minutes and (args.epochs or args.jobs > 1):
-        parser.error("--minutes goes with neither --epochs nor --jobs")
+    if args.minutes and args.jobs > 1:
+        parser.error("--minutes does not go with --jobs: side by side, runs take the time from each other")
+    if args.minutes and args.epochs and not both_budgets:
+        parser.error("--minutes does not go with --epochs")
     if not args.minutes and args.epochs is None:
         args.epochs = 20
     if args.device is None:
@@ -252,9 +259,28 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def main() -> None:
     parser = arguments(__doc__, METHODS, "methods")
     parser.add_argument("--final", action="store_true", help="the final-unseen types too")
-    args = parse(parser)
-    workspace = Workspace((args.workspace / args.size).resolve(), args)
-    dataset = workspace.prepare()
+    args = parse(parser, both_budgets=True)
+    tables = {}
+    for budget in budgets(args):
+        workspace = Workspace((args.workspace / args.size).resolve(), budget)
+        name = workspace.budget.removeprefix(f"{args.configuration}_")
+        tables[f"equal {'wall-clock' if budget.minutes else 'iterations'}: {name}"] = one_budget(workspace)
+    print_table(pd.concat(tables, names=["budget"]).reset_index("budget"))
+
+
+def budgets(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Equal iterations, equal wall-clock, or both, each as the arguments that ask for it alone."""
+    found = []
+    if args.epochs:
+        found.append(argparse.Namespace(**{**vars(args), "minutes": None}))
+    if args.minutes:
+        found.append(argparse.Namespace(**{**vars(args), "epochs": None}))
+    return found
+
+
+def one_budget(workspace: Workspace) -> pd.DataFrame:
+    """The rows of all runs, those on final-unseen types only where they were asked for."""
+    dataset, args = workspace.prepare(), workspace.args
 
     def one(method: str, seed: int) -> float:
         workspace.train_and_predict(method, seed, dataset)
@@ -263,7 +289,7 @@ def main() -> None:
     table = measure(workspace, dataset, args.methods, one, RESULTS)
     if args.final:
         table = pd.concat([table, measure(workspace, dataset, args.methods, one, FINAL_RESULTS, final=True)])
-    print_table(table)
+    return table
 
 
 def phantom_of(dataset: Path) -> dict[str, Any]:
@@ -328,12 +354,13 @@ def matches(table: pd.DataFrame, settings: dict[str, object]) -> pd.Series:
 
 
 def print_table(table: pd.DataFrame) -> None:
-    """One row a method and class: mean ± standard deviation over the seeds."""
+    """One row a method and class: mean ± standard deviation over the seeds; the budgets' columns side by side."""
     keys = pd.Series([*zip(table["case"], table["scope"], table["metric"], strict=True)], index=table.index)
     table = table.assign(column=keys.map(SHOWN)).dropna(subset="column")
-    over_seeds = table.groupby(["class", "method", "column"])["value"]
+    columns = [c for c in ("budget", "column") if c in table]
+    over_seeds = table.groupby(["class", "method", *columns])["value"]
     shown = over_seeds.mean().map("{:.3f}".format) + " ± " + over_seeds.std().map("{:.3f}".format)
-    print(shown.unstack("column").fillna("-").to_string())
+    print(shown.unstack(columns).fillna("-").to_string())
 
 
 if __name__ == "__main__":

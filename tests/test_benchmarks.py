@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,6 +55,22 @@ def test_every_switch_has_a_variant_that_changes_it(script: ModuleType) -> None:
     switches = set(DECODER_SETTINGS["zept"]) | set(TRAINING_SETTINGS["zept"])
     # the published score is more than a switch: its maps have no healthy logit (ZePTTrainerPaper)
     assert switches - SIZES - {"score"} == switched - SIZES
+
+
+@pytest.mark.parametrize("script", ["ablation"], indirect=True)
+def test_a_variant_keeps_the_settings_of_the_plans_that_it_varies(script: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "nnUNet_preprocessed" / "Dataset900_P"
+    folder.mkdir(parents=True)
+    plans = {"plans_name": script.PLANS, "zept": build_block(deepcopy(DATASET_JSON), settings={"width": 64})}
+    (folder / f"{script.PLANS}.json").write_text(json.dumps(plans))
+    dataset = tmp_path / "nnUNet_raw" / "Dataset900_P"
+    dataset.mkdir(parents=True)
+    (dataset / "dataset.json").write_text(json.dumps(DATASET_JSON))
+    workspace = SimpleNamespace(folder=tmp_path)
+    assert script.write_plans(workspace, dataset, "zept") == script.PLANS  # as planned: trained once for all benchmarks
+    name = script.write_plans(workspace, dataset, "no_grouping")
+    decoder = json.loads((folder / f"{name}.json").read_text())["zept"]["decoder"]
+    assert decoder == plans["zept"]["decoder"] | {"grouping": False}
 
 
 @pytest.mark.parametrize("script", ["descriptions"], indirect=True)
@@ -105,3 +123,35 @@ def test_final_unseen_types_stay_out_of_the_table_until_they_are_asked_for(scrip
     assert runs == [("a", 0), ("b", 0), ("a", 1), ("b", 1)] * 2  # the third time its rows were there
     assert set(found[False]["class"]) == {"liver tumor", "pancreas", "(seen tumors)"} and len(found[False]) == 12
     assert set(found[True]["class"]) == {"pancreas tumor", "pancreas tumor [CNR < 7]", "(unseen tumors)"}
+
+
+@pytest.mark.parametrize("script", ["zero_shot"], indirect=True)
+def test_equal_iterations_and_equal_wall_clock_stand_side_by_side(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "zero_shot.py --methods any_tumor zept --seeds 2 --epochs 3 --iterations 250 --minutes 10 --device cpu"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--workspace", str(tmp_path)])
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "results.csv")
+    monkeypatch.setattr(script.Workspace, "prepare", lambda self: tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"zept_phantom": {"version": 2, "final_unseen": ["none"]}}))
+    runs: list[tuple[str, str, int]] = []
+    monkeypatch.setattr(
+        script.Workspace,
+        "train_and_predict",
+        lambda self, method, seed, dataset: runs.append((self.budget, method, seed)),
+    )
+
+    def report(self: Any, method: str, seed: int) -> pd.DataFrame:
+        value = 0.1 * seed + (0.5 if self.args.minutes else 0.7)
+        row = {"case": "pooled", "class": "spleen tumor", "seen": False, "scope": "host", "metric": "auroc"}
+        return pd.DataFrame([row | {"value": value, "unit": "fraction", "ci_low": 0.0, "ci_high": 1.0}])
+
+    monkeypatch.setattr(script.Workspace, "evaluate", report)
+    for _ in range(2):  # the second time everything is there
+        script.main()
+    assert runs == [(b, m, s) for b in ("3d_fullres_3x250", "3d_fullres_10min") for s in (0, 1)
+                    for m in ("any_tumor", "zept")]  # fmt: skip
+    shown = capsys.readouterr().out
+    assert shown.count("zept") == shown.count("any_tumor") == 2  # one table a run
+    assert re.findall("equal iterations: 3x250 +equal wall-clock: 10min", shown)
+    assert len(re.findall("0.750 ± 0.071 +0.550 ± 0.071", shown)) == 2 * 2
