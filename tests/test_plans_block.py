@@ -86,3 +86,18 @@ def test_broken_plans_are_refused(change: object, word: str) -> None:
     change(plans)  # type: ignore[operator]
     with pytest.raises(ZePTError, match=word):
         read_block(plans, "plans.json")
+
+
+@pytest.mark.parametrize(
+    "thresholds",
+    [{"spleen cyst": {"logit": 0.0}}, {"liver_tumor": {"logit": float("nan")}}, {"liver_tumor": 3.0}, {"liver": {}}],
+)
+def test_a_threshold_that_no_tumor_can_have_is_refused(thresholds: dict) -> None:
+    with pytest.raises(ZePTError, match="a threshold wants a tumor of the model and a number as its 'logit'"):
+        read_block({"zept": block() | {"thresholds": thresholds}})
+
+
+def test_thresholds_do_not_make_another_model() -> None:
+    calibrated = block() | {"thresholds": {"liver_tumor": {"logit": -2.0}}}
+    assert read_block({"zept": calibrated}) == calibrated
+    assert fingerprint(calibrated) == fingerprint(block()) and not differences(calibrated, block())

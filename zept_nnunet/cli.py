@@ -18,6 +18,7 @@ COMMANDS = (
     "knowledge",
     "plan",
     "add_tumor",
+    "calibrate",
     "predict",
     "demo",
     "baseline",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from datetime import date
 from typing import Any
@@ -237,8 +238,28 @@ def read_block(plans: Mapping[str, Any], source: str = "plans.json") -> dict[str
     check_settings(block["decoder"], block["training"], source)
     bank = KnowledgeBank.from_dict(block["knowledge"])
     anomalies = dict(block.get("anomalies", {}))
+    thresholds_of(block, Taxonomy.from_dict(block["taxonomy"]), source)
     bank.matrix([*_class_names(Taxonomy.from_dict(block["taxonomy"])), *anomalies])
     return {**block, "knowledge": bank.to_dict(), "anomalies": anomalies}
+
+
+def thresholds_of(block: Mapping[str, Any], taxonomy: Taxonomy, source: str = "plans.json") -> list[float | None]:
+    """The logit from which each tumor is reported (`zept calibrate`), None where that is nnU-Net's argmax.
+
+    Raises:
+        ZePTError: one belongs to no tumor of the model, or is no number.
+    """
+    found = block.get("thresholds", {})
+    names = [t.name for t in taxonomy.tumors]
+    for name, entry in found.items():
+        value = entry.get("logit") if isinstance(entry, Mapping) else None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if name not in names or not is_number:
+            raise ZePTError(
+                f"{source}: a threshold wants a tumor of the model and a number as its 'logit', got {name!r}: "
+                f"{entry!r}; calibrate again (zept calibrate), or remove it (zept calibrate --remove)"
+            )
+    return [float(found[name]["logit"]) if name in found else None for name in names]
 
 
 def add_tumor_to_block(

@@ -244,3 +244,20 @@ def test_settings_of_the_plans_reach_the_training(results: Path) -> None:
     assert trainer.loss.unlabeled_host_weight == 0.5 and not trainer.anomaly_labels
     targets = trainer._targets(torch.tensor([1, 4]).view(1, 1, 1, 1, 2))
     assert torch.equal(targets.healthy, targets.support)
+
+
+def test_a_folds_start_keeps_the_thresholds_of_the_model_folder(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = results / "Dataset999_Small" / "ZePTTrainer__nnUNetPlans__3d_fullres"
+    folder.mkdir(parents=True)
+    thresholds = {"liver_tumor": {"logit": -2.0, "scans": 30}}
+    block = build_block(deepcopy(DATASET_JSON))
+    (folder / "plans.json").write_text(json.dumps({"zept": {**block, "thresholds": thresholds}}))
+    made = make_trainer()
+    written = folder / "plans.json"
+    monkeypatch.setattr(
+        "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer.on_train_start",
+        lambda self: written.write_text(json.dumps(self.plans_manager.plans)),  # as it does, among much else
+    )
+    made.on_train_start()
+    assert json.loads(written.read_text())["zept"] == {**block, "thresholds": thresholds}
+    assert "thresholds" not in made.plans_manager.plans["zept"]  # this fold is validated as the others were

@@ -38,9 +38,11 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--continue_prediction", action="store_true", help="leave complete cases as they are")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint (default: checkpoint_final.pth)")
     parser.add_argument(
-        "-npp", type=int, default=_default("nnUNet_npp"), help="processes for preprocessing (default: 3)"
+        "-npp", type=int, default=process_default("nnUNet_npp"), help="processes for preprocessing (default: 3)"
     )
-    parser.add_argument("-nps", type=int, default=_default("nnUNet_nps"), help="processes for the export (default: 3)")
+    parser.add_argument(
+        "-nps", type=int, default=process_default("nnUNet_nps"), help="processes for the export (default: 3)"
+    )
     parser.add_argument("-prev_stage_predictions", default=None, help="predictions of the first stage, for a cascade")
     parser.add_argument(
         "-num_parts", type=int, default=1, help="into how many calls the cases are divided (default: 1)"
@@ -52,7 +54,8 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(func=run)
 
 
-def _default(variable: str) -> int:
+def process_default(variable: str) -> int:
+    """nnU-Net's variable for a number of processes, else 3, as nnUNetv2_predict has it."""
     value = os.environ.get(variable, "")
     return int(value) if value.isdigit() else 3
 

@@ -163,52 +163,83 @@ def calibrate(
     Raises:
         ZePTError: no scores, a missing or damaged file, or a class without a healthy scan.
     """
-    cases = sorted(p.name[: -len(SCORES_SUFFIX)] for p in predictions.glob(f"*{SCORES_SUFFIX}"))
-    if not cases:
-        raise ZePTError(f"{predictions} holds no *{SCORES_SUFFIX}; predict the validation cases with --save_scores")
-    tasks = [(case, predictions, references, table) for case in cases]
-    totals = {c.name: np.zeros(NUM_CODES, dtype=np.int64) for c in table.tumors}
-    lowest = dict.fromkeys(totals, 0)
-    scans = dict.fromkeys(totals, 0)
-    for result in run_parallel(_healthy_components, tasks, processes, "calibrating", show_progress):
-        for name, (codes, counts, low) in result.items():
-            totals[name][codes] += counts
-            lowest[name] = max(lowest[name], low)
-            scans[name] += 1
-    without = [name for name, count in scans.items() if not count]
+    found = FalsePositives(table)
+    found.count(predictions, references, processes, show_progress)
+    without = [name for name, count in found.scans.items() if not count]
     if without:
         raise ZePTError(
             f"{predictions}: no healthy scan (no tumor in its reference) with scores of {without}, so there is no rate "
             "of false positives to match; add healthy validation cases, or leave --calibration out"
         )
-    return {
-        name: {rate: matched_threshold(total, lowest[name], scans[name], rate) for rate in rates}
-        for name, total in totals.items()
-    }, scans
+    return {name: {rate: found.threshold(name, rate) for rate in rates} for name in found.scans}, found.scans
 
 
-def _healthy_components(task: tuple[str, Path, Path, ClassTable]) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+class FalsePositives:
+    """Components in healthy scans at every threshold, of each tumor class, summed over folders of predictions.
+
+    `scans`: class → how many healthy scans were counted. A scan is healthy where no tumor stands in its reference; with
+    `within_hosts`, for a class, where none stands in that class's hosts. Then a type that training never saw counts in
+    scans that do not annotate it too: those where it lies unlabeled make its threshold higher, never lower.
+    """
+
+    def __init__(self, table: ClassTable, within_hosts: bool = False):
+        self.table, self.within_hosts = table, within_hosts
+        self.scans = {c.name: 0 for c in table.tumors}
+        self._totals = {name: np.zeros(NUM_CODES, dtype=np.int64) for name in self.scans}
+        self._lowest = dict.fromkeys(self.scans, 0)
+
+    def count(
+        self, predictions: Path, references: Path | None, processes: int = 1, show_progress: bool = False
+    ) -> None:
+        """Count in the CASE_scores.npz of a folder. `references` None: every scan is healthy.
+
+        Raises:
+            ZePTError: there is none, or a file is missing or damaged.
+        """
+        cases = sorted(p.name[: -len(SCORES_SUFFIX)] for p in predictions.glob(f"*{SCORES_SUFFIX}"))
+        if not cases:
+            raise ZePTError(f"{predictions} holds no *{SCORES_SUFFIX}; predict the validation cases with --save_scores")
+        tasks = [(case, predictions, references, self.table, self.within_hosts) for case in cases]
+        for result in run_parallel(_healthy_components, tasks, processes, "calibrating", show_progress):
+            for name, (codes, counts, low) in result.items():
+                self._totals[name][codes] += counts
+                self._lowest[name] = max(self._lowest[name], low)
+                self.scans[name] += 1
+
+    def threshold(self, name: str, rate: float) -> int:
+        """The code from which at most `rate` false positives a healthy scan stand; see `matched_threshold`."""
+        return matched_threshold(self._totals[name], self._lowest[name], self.scans[name], rate)
+
+
+def _healthy_components(
+    task: tuple[str, Path, Path | None, ClassTable, bool],
+) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """Class → components at each code, where the case is healthy; nothing where it is not."""
-    case, predictions, references, table = task
-    path = references / (case + table.file_ending)
-    if not path.is_file():
-        raise ZePTError(f"{predictions} holds scores of {case}, and its reference {path} is missing")
-    reference = read_label_map(path, table.reorients).array
-    annotated = table.annotated_in(case)
-    values = {v for c in table.tumors if c.name in annotated for v in c.reference_values}
-    if np.isin(reference, list(values)).any():
-        return {}
+    case, predictions, references, table, within_hosts = task
     scores = ScoreFile(predictions / (case + SCORES_SUFFIX))
-    if scores.shape[1:] != reference.shape:
-        raise ZePTError(f"{scores.path}: scores of shape {scores.shape[1:]}, the reference has {reference.shape}")
+    annotated = {c.name for c in table.classes} if references is None else table.annotated_in(case)
+    with_tumor, reference = set(), None
+    if references is not None:
+        path = references / (case + table.file_ending)
+        if not path.is_file():
+            raise ZePTError(f"{predictions} holds scores of {case}, and its reference {path} is missing")
+        reference = read_label_map(path, table.reorients).array
+        if scores.shape[1:] != reference.shape:
+            raise ZePTError(f"{scores.path}: scores of shape {scores.shape[1:]}, the reference has {reference.shape}")
+        values = {v for c in table.tumors if c.name in annotated for v in c.reference_values}
+        with_tumor = values & set(np.unique(reference).tolist())
+        if with_tumor and not within_hosts:
+            return {}
     found = {}
     for name, codes in scores.codes():
         c = table.find(name)
-        if c is None or not c.is_tumor or c.name not in annotated:
+        if c is None or not c.is_tumor or with_tumor & set(c.host_values or ()):
+            continue
+        if c.name not in annotated and not (within_hosts and not c.seen):  # an unseen type is annotated nowhere
             continue
         if any((plane == NAN_CODE).any() for plane in codes):
             raise ZePTError(f"{scores.path} holds NaN scores of {name!r}; predict this validation case again")
-        if table.ignore_value is not None:
+        if table.ignore_value is not None and reference is not None:
             codes[reference == table.ignore_value] = NAN_CODE
         counts, lowest = count_components(codes)
         used = np.flatnonzero(counts)

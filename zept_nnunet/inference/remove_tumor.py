@@ -86,6 +86,11 @@ def remove_tumors(
         "knowledge": bank.to_dict(),
         "added": {t.name: block["added"][t.name] for t in kept},
     }
+    thresholds = {n: t for n, t in block.get("thresholds", {}).items() if normalize_name(n) not in gone}
+    if not thresholds:
+        new_block.pop("thresholds", None)
+    else:
+        new_block["thresholds"] = thresholds
     if not kept:
         del new_block["added"], new_block["before"]
         plans_name = before["plans_name"] if output_folder is not None else plans_name

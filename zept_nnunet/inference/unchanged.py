@@ -19,7 +19,8 @@ _LEAST_VOXELS = 8  # per axis
 
 
 def check_unchanged(before: Path, after: Path, configuration: str) -> None:
-    """Compare the channels that both models have, fold by fold, on one random input.
+    """Compare the channels that both models have, fold by fold, on one random input. Thresholds do not count: a removed
+    tumor takes its own along, and its hosts are then decoded without it.
 
     Args:
         before, after: model folders whose checkpoints hold the same weights; `after` has more classes, or fewer.
@@ -47,7 +48,8 @@ def _network(folder: Path, configuration: str) -> tuple[Any, Tensor]:
     settings = manager.get_configuration(configuration)
     channels = len(dataset_json.get("channel_names") or dataset_json.get("modality") or {"0": "CT"})
     heads = manager.get_label_manager(dataset_json).num_segmentation_heads
-    network = ZePTTrainer.build_network_architecture(manager, settings, channels, heads, False)
+    network: Any = ZePTTrainer.build_network_architecture(manager, settings, channels, heads, False)
+    network.thresholds = [None] * network.num_tumors
     strides = np.prod([np.broadcast_to(s, len(settings.patch_size)) for s in settings.pool_op_kernel_sizes], axis=0)
     size = [int(s) * max(2, -(-_LEAST_VOXELS // int(s))) for s in strides]
     return network.eval(), torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))

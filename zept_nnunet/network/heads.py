@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from zept_nnunet.network.logits import LOGIT_LIMIT, union
 from zept_nnunet.taxonomy import Taxonomy
+
+
+def at_thresholds(
+    organ_logits: Tensor,
+    tumor_logits: Tensor,
+    hosts: Sequence[Sequence[int]],
+    thresholds: Sequence[float | None],
+) -> tuple[Tensor, Tensor]:
+    """(B, Q, *) and (B, U, *) → the same, with every calibrated tumor's threshold at 0.
+
+    Where such a tumor lies above its threshold it also wins against its own hosts: an organ's map may call healthy what
+    no training label ever called a tumor, and a threshold on the tumor's map alone would then change little. Where it
+    lies below, its hosts stay what they were against background (up to where windows or folds, which nnU-Net averages,
+    disagree).
+
+    Args:
+        hosts: organs of each tumor; none: the whole body.
+        thresholds: of each tumor, None where it was not calibrated.
+    """
+    if all(t is None for t in thresholds):
+        return organ_logits, tumor_logits
+    shift = tumor_logits.new_tensor([t or 0.0 for t in thresholds])
+    margin = tumor_logits - shift.view(1, -1, *[1] * (tumor_logits.ndim - 2))
+    organs = []
+    for organ in range(organ_logits.shape[1]):
+        logit = organ_logits[:, organ]
+        for k, (of, threshold) in enumerate(zip(hosts, thresholds, strict=True)):
+            if threshold is not None and (organ in of or not of):
+                logit = torch.minimum(logit, -margin[:, k])
+        organs.append(logit)
+    return torch.stack(organs, 1) if organs else organ_logits, margin
 
 
 def to_channels(taxonomy: Taxonomy, organ_logits: Tensor, tumor_logits: Tensor) -> Tensor:

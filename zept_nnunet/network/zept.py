@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zept_nnunet.knowledge import KnowledgeBank
 from zept_nnunet.network.backbone import build_backbone
 from zept_nnunet.network.grouping import GroupingBlock
-from zept_nnunet.network.heads import to_channels
+from zept_nnunet.network.heads import at_thresholds, to_channels
 from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction
 from zept_nnunet.network.query_decoder import AdvancedLayer, JointAttention, MaskHead, QueryGenerator, query_visibility
 from zept_nnunet.network.relative import RelativeHead, build_relative_head
@@ -28,7 +28,7 @@ from zept_nnunet.network.self_prompting import (
     minmax_score,
     over_hosts,
 )
-from zept_nnunet.plans_block import fingerprint
+from zept_nnunet.plans_block import fingerprint, thresholds_of
 from zept_nnunet.taxonomy import Taxonomy
 
 _SCORE_LIMIT = 8.0  # the score is a hint for the tumor maps: it must not outvote them without bound
@@ -85,6 +85,7 @@ class ZePT(nn.Module):
         self.taxonomy = taxonomy = Taxonomy.from_dict(block["taxonomy"])
         self.hosts = taxonomy.host_indices()
         self.num_organs, self.num_tumors = len(taxonomy.organs), len(taxonomy.tumors)
+        self.thresholds = thresholds_of(block, taxonomy) if predict_tumors else [None] * self.num_tumors
         self.predict_tumors = predict_tumors
         self.stage = 2  # the trainer sets 1 while only organs are learned
         self.is_calibrated = settings["score"] == "calibrated"
@@ -159,7 +160,7 @@ class ZePT(nn.Module):
         if self.decoder.deep_supervision:
             return self._training_output(x, features)
         healthy, tumor, _, _ = self._finest_maps(x, features)
-        return to_channels(self.taxonomy, healthy, tumor)
+        return self._channels(healthy, tumor)
 
     def forward_scores(self, x: Tensor) -> dict[str, Tensor]:
         """Scores for ranking and for anomaly maps, in log-odds within ±1000.
@@ -170,11 +171,15 @@ class ZePT(nn.Module):
         healthy, tumor, support, anomaly = self._finest_maps(x, self.decoder(self.encoder(x)))
         limit = LOGIT_LIMIT
         return {
-            "logits": to_channels(self.taxonomy, healthy, tumor),
+            "logits": self._channels(healthy, tumor),
             "tumor_logits": tumor.clamp(-limit, limit),
             "anomaly": anomaly.clamp(-limit, limit),
             "support": support.clamp(-limit, limit),
         }
+
+    def _channels(self, healthy: Tensor, tumor: Tensor) -> Tensor:
+        """nnU-Net's output, decoded at the thresholds of calibrated tumors; scores do not depend on these."""
+        return to_channels(self.taxonomy, *at_thresholds(healthy, tumor, self.hosts, self.thresholds))
 
     def forward_embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the alignment compares with descriptions: the image's part of each query, in knowledge space.

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json, save_json
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -267,8 +267,17 @@ class ZePTTrainer(KeepsSides):
         self._register_loss_terms()
 
     def on_train_start(self) -> None:
-        """nnU-Net's, and the taxonomy as a table."""
+        """nnU-Net's, and the taxonomy as a table. The model folder keeps its thresholds.
+
+        Training itself knows none: all folds are validated alike, and cross-validation compares like with like.
+        """
+        plans_file = join(self.output_folder_base, "plans.json")
+        thresholds = load_json(plans_file).get("zept", {}).get("thresholds") if isfile(plans_file) else None
         super().on_train_start()
+        if thresholds and self.local_rank == 0:
+            plans = load_json(plans_file)
+            plans["zept"]["thresholds"] = thresholds
+            save_json(plans, plans_file, sort_keys=False)
         self.print_to_log_file("\nClasses:\n" + self.taxonomy.table() + "\n", add_timestamp=False)
         names = self.dataset_json.get("channel_names") or self.dataset_json.get("modality") or {}
         if not any(str(n).lower() == "ct" for n in names.values()):

@@ -1,0 +1,37 @@
+"""Thresholds act on what is decoded: nothing else moves."""
+
+from __future__ import annotations
+
+import torch
+
+from zept_nnunet.network.heads import at_thresholds
+
+HOSTS = ((0,), (1,), (0, 1), ())  # the last one: anywhere in the body
+
+
+def decode(organs: torch.Tensor, tumors: torch.Tensor) -> torch.Tensor:
+    background = torch.zeros_like(organs[:, :1])
+    return torch.cat((background, organs, tumors), 1).argmax(1)
+
+
+def test_without_thresholds_nothing_changes() -> None:
+    organs, tumors = torch.randn(1, 2, 50), torch.randn(1, 4, 50)
+    same = at_thresholds(organs, tumors, HOSTS, [None] * 4)
+    assert same[0] is organs and same[1] is tumors
+
+
+def test_a_tumor_is_decoded_exactly_where_it_exceeds_its_threshold() -> None:
+    """Even where its organ's map is sure of healthy tissue; elsewhere the organ is decoded as before."""
+    organs, tumors = torch.randn(1, 1, 4000) * 5, torch.randn(1, 3, 4000) * 5
+    thresholds = [-3.0, 2.0, 0.5]
+    margins = tumors - torch.tensor(thresholds).view(1, -1, 1)
+    found = decode(*at_thresholds(organs, tumors, ((0,), (0,), ()), thresholds))
+    wanted = torch.where(margins.amax(1) > 0, margins.argmax(1) + 2, (organs[:, 0] > 0).long())
+    assert torch.equal(found, wanted)
+
+
+def test_an_organ_that_hosts_none_of_the_calibrated_tumors_keeps_its_map() -> None:
+    organs, tumors = torch.randn(1, 2, 100), torch.randn(1, 4, 100)
+    healthy, shifted = at_thresholds(organs, tumors, HOSTS, [1.0, None, None, None])
+    assert torch.equal(healthy[:, 1], organs[:, 1]) and not torch.equal(healthy[:, 0], organs[:, 0])
+    assert torch.equal(shifted[:, 1:], tumors[:, 1:])
