@@ -151,7 +151,9 @@ class Workspace:
             out = self.predictions(method, seed, split)
             self.run(seed, method, "zept", "baseline", method, "-d", str(PHANTOM), "-i", folder, "-o", out, *flags)
 
-    def zept(self, name: str, plans: str, seed: int, dataset: Path) -> None:
+    def zept(
+        self, name: str, plans: str, seed: int, dataset: Path, splits: Sequence[str] = ("test", "validation")
+    ) -> None:
         """Train with these plans, add the unseen tumors, predict; each step is skipped where its result is there."""
         results = Path(self.environment(seed)["nnUNet_results"]) / dataset.name
         configuration = self.args.configuration
@@ -164,8 +166,8 @@ class Workspace:
                      "-device", self.args.device, *going_on)  # fmt: skip
         if not grown.is_dir():
             self.run(seed, name, "zept", "add-tumor", trained, "--declared")
-        for split, folder in self.images(dataset).items():
-            out = self.predictions(name, seed, split)
+        for split in splits:
+            folder, out = self.images(dataset)[split], self.predictions(name, seed, split)
             self.run(seed, name, "zept", "predict", "-m", grown, "-f", "0", "-i", folder, "-o", out, "--save_scores",
                      "--continue_prediction", "--disable_tta", "-device", self.args.device, "-npp", "1", "-nps",
                      "1")  # fmt: skip
@@ -174,9 +176,8 @@ class Workspace:
         """The aggregate rows of `zept evaluate` for one run."""
         out = self.folder / "runs" / self.budget / method / f"seed{seed}" / "report"
         if not (out / "metrics.csv").is_file():
-            calibration = (
-                ["--calibration", self.predictions(method, seed, "validation")] if self.can_calibrate() else []
-            )
+            validation = self.predictions(method, seed, "validation")
+            calibration = ["--calibration", validation] if validation.is_dir() and self.can_calibrate() else []
             self.run(seed, method, "zept", "evaluate", "-d", str(PHANTOM), "-i", self.predictions(method, seed, "test"),
                      *calibration, "-o", out, "--bootstrap", "200", "--strata", self.strata(),
                      "--disable_progress_bar")  # fmt: skip
