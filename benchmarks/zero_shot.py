@@ -56,6 +56,7 @@ class Workspace:
 
     folder: Path
     args: argparse.Namespace
+    dataset_id = PHANTOM
 
     def environment(self, seed: int) -> dict[str, str]:
         """Datasets are shared by the seeds; each has results of its own."""
@@ -105,23 +106,26 @@ class Workspace:
             self.run(0, "data", "zept", "phantom", "-d", str(PHANTOM), "--supervised-id", str(SUPERVISED), "--size",
                      self.args.size)  # fmt: skip
         dataset = next(raw.glob(f"Dataset{PHANTOM}_*"))
-        preprocessed = self.folder / "nnUNet_preprocessed" / dataset.name
-        done = preprocessed / f".planned_{self.args.configuration}"
-        if not done.exists():
-            self.run(0, "data", "zept", "plan", "-d", str(PHANTOM), "-pl", PLANNER, "-c", self.args.configuration,
-                     "-np", "1", "-npfp", "1", "--verify_dataset_integrity")  # fmt: skip
-            done.touch()
-        self._write_split(dataset, preprocessed)
+        self.plan(dataset)
+        facts = phantom_of(dataset)["cases"]
+        self.write_split(dataset, lambda case: not facts[case]["lesions"])
         return dataset
 
-    def _write_split(self, dataset: Path, preprocessed: Path) -> None:
+    def plan(self, dataset: Path) -> None:
+        """Plan and preprocess, unless that is done."""
+        done = self.folder / "nnUNet_preprocessed" / dataset.name / f".planned_{self.args.configuration}"
+        if not done.exists():
+            how = ("-c", self.args.configuration, "-np", "1", "-npfp", "1", "--verify_dataset_integrity")
+            self.run(0, "data", "zept", "plan", "-d", str(self.dataset_id), "-pl", PLANNER, *how)
+            done.touch()
+
+    def write_split(self, dataset: Path, is_healthy: Callable[[str], bool]) -> None:
         """Every fifth case validates, made once: known before the first training, and fold 0 holds a healthy scan."""
         cases = sorted(p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTr").glob("*.nii.gz"))
-        path = preprocessed / "splits_final.json"
+        path = self.folder / "nnUNet_preprocessed" / dataset.name / "splits_final.json"
         if not path.exists():
-            facts = phantom_of(dataset)["cases"]
             folds = [cases[f::5] for f in range(5)]
-            folds.sort(key=lambda fold: all(facts[case]["lesions"] for case in fold))  # first one with a healthy scan
+            folds.sort(key=lambda fold: not any(is_healthy(case) for case in fold))  # first one with a healthy scan
             split = [{"train": [c for c in cases if c not in val], "val": val} for val in folds]
             path.write_text(json.dumps(split, indent=1))
         images = self.folder / "validation_images"
@@ -149,7 +153,9 @@ class Workspace:
         flags += ["--supervised-dataset", str(SUPERVISED)] if method == "supervised" else []
         for split, folder in self.images(dataset).items():
             out = self.predictions(method, seed, split)
-            self.run(seed, method, "zept", "baseline", method, "-d", str(PHANTOM), "-i", folder, "-o", out, *flags)
+            self.run(
+                seed, method, "zept", "baseline", method, "-d", str(self.dataset_id), "-i", folder, "-o", out, *flags
+            )
 
     def zept(
         self, name: str, plans: str, seed: int, dataset: Path, splits: Sequence[str] = ("test", "validation")
@@ -162,8 +168,8 @@ class Workspace:
         if not (fold / "validation" / "summary.json").is_file():
             going_on = ["--val"] if (fold / "checkpoint_final.pth").is_file() else []
             going_on = going_on or (["--c"] if (fold / "checkpoint_latest.pth").is_file() else [])
-            self.run(seed, name, "nnUNetv2_train", str(PHANTOM), configuration, "0", "-tr", ZEPT_TRAINER, "-p", plans,
-                     "-device", self.args.device, *going_on)  # fmt: skip
+            which = (str(self.dataset_id), configuration, "0", "-tr", ZEPT_TRAINER, "-p", plans)
+            self.run(seed, name, "nnUNetv2_train", *which, "-device", self.args.device, *going_on)
         if not grown.is_dir():
             self.run(seed, name, "zept", "add-tumor", trained, "--declared")
         for split in splits:
@@ -178,9 +184,10 @@ class Workspace:
         if not (out / "metrics.csv").is_file():
             validation = self.predictions(method, seed, "validation")
             calibration = ["--calibration", validation] if validation.is_dir() and self.can_calibrate() else []
-            self.run(seed, method, "zept", "evaluate", "-d", str(PHANTOM), "-i", self.predictions(method, seed, "test"),
-                     *calibration, "-o", out, "--bootstrap", "200", "--strata", self.strata(),
-                     "--disable_progress_bar")  # fmt: skip
+            strata = self.strata()
+            flags = [*calibration, *(["--strata", strata] if strata else []), "--bootstrap", "200"]
+            self.run(seed, method, "zept", "evaluate", "-d", str(self.dataset_id), "-i",
+                     self.predictions(method, seed, "test"), "-o", out, *flags, "--disable_progress_bar")  # fmt: skip
         return pd.read_csv(out / "metrics.csv")
 
     def can_calibrate(self) -> bool:
@@ -189,8 +196,8 @@ class Workspace:
         cases = (p.name.removesuffix("_0000.nii.gz") for p in (self.folder / "validation_images").iterdir())
         return any(not facts[case]["lesions"] for case in cases)
 
-    def strata(self) -> Path:
-        """Contrast-to-noise ratio of each test case's largest lesion of a class, in three bins."""
+    def strata(self) -> Path | None:
+        """Contrast-to-noise ratio of each test case's largest lesion of a class, in three bins; None: no strata."""
         path = self.folder / "strata.csv"
         dataset = next((self.folder / "nnUNet_raw").glob(f"Dataset{PHANTOM}_*"))
         record = json.loads((dataset / "dataset.json").read_text())["zept_phantom"]
