@@ -146,8 +146,9 @@ def phantom_cases(count: int) -> Iterator[Case]:
 
 def real_copies(files: dict[str, Path], count: int) -> Iterator[Case]:
     """Smoothly deformed, scaled and noisy copies with synthetic lesions; names say so."""
-    image = sitk.ReadImage(str(files["example_ct"]), sitk.sitkFloat32)
-    label = sitk.ReadImage(str(files["example_seg_fast_force_split"]))
+    # arrays are written with nnU-Net's usual orientation, that of the phantom; this file's is RAS
+    image = sitk.DICOMOrient(sitk.ReadImage(str(files["example_ct"]), sitk.sitkFloat32), "LPS")
+    label = sitk.DICOMOrient(sitk.ReadImage(str(files["example_seg_fast_force_split"])), "LPS")
     size = [round(n * s / t) for n, s, t in zip(image.GetSize(), image.GetSpacing(), SPACING_MM, strict=True)]
     grid = (size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), SPACING_MM, image.GetDirection(), -1024)
     smoothed = sitk.SmoothingRecursiveGaussian(image, [0.4 * s for s in SPACING_MM])

@@ -192,10 +192,16 @@ def minmax_prompts(score: Array, num_tumors: int, threshold: float) -> Array:
     return np.array([mask if any(mask) else [True] * len(score)] * num_tumors)
 
 
-def tumor_maps(evidence: Array, support: Array, hints: list[tuple[float, Array]], hosts: Hosts) -> Array:
+def tumor_maps(
+    evidence: Array,
+    support: Array,
+    hints: list[tuple[float, Array]],
+    hosts: Hosts,
+    unlike: tuple[float, Array] | None = None,
+) -> Array:
     """Log-odds of σ(u)σ(a): u the hosts' support, a = ⟨LN(W t), F(v)⟩ + Σ weight · clamped hint of the hosts.
 
-    evidence (U, V), support (Q, V), hints: weight and (Q, V).
+    evidence (U, V), support (Q, V), hints: weight and (Q, V); `unlike` likewise, summed over hosts by their σ(u).
     """
     z = np.array(evidence)
     for k, its in enumerate(hosts):
@@ -204,6 +210,10 @@ def tumor_maps(evidence: Array, support: Array, hints: list[tuple[float, Array]]
         for v in range(z.shape[1]):
             for weight, hint in hints:
                 z[k, v] += weight * min(max(union([hint[i, v] for i in its]), -SCORE_LIMIT), SCORE_LIMIT)
+            if unlike is not None:
+                weight, deviates = unlike
+                hint = sum(sigmoid(support[i, v]) * deviates[i, v] for i in its)
+                z[k, v] += weight * min(max(hint, -SCORE_LIMIT), SCORE_LIMIT)
             z[k, v] = conjunction(union([support[i, v] for i in its]), z[k, v])
     return z
 
@@ -306,10 +316,11 @@ def zept(network: Module, features: list[Array], unlike: Array | None) -> Maps:
             continue
         score = calibrated_score(support[scale], healthy[scale])
         hints = [(softplus(network.score_weight.item()), score)]
+        relative = None
         if unlike is not None and scale == len(features) - 1:
             deviation = calibrated_score(support[scale], -unlike)  # in the organ, and unlike the rest of it
-            hints.append((softplus(network.deviation_weight.item()), deviation))
-        tumor.append(tumor_maps(evidence, support[scale], hints, hosts))
+            relative = softplus(network.deviation_weight.item()), unlike
+        tumor.append(tumor_maps(evidence, support[scale], hints, hosts, relative))
 
     embeddings = []
     for final, given in ((organs, organs_given), (tumors, tumors_given)):

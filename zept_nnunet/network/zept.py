@@ -34,6 +34,21 @@ from zept_nnunet.taxonomy import Taxonomy
 _SCORE_LIMIT = 8.0  # the score is a hint for the tumor maps: it must not outvote them without bound
 
 
+def deviation(support: Tensor, unlike: Tensor) -> Tensor:
+    """Log-odds that a voxel lies in the organ and is unlike the rest of it: (B, Q, *) twice → (B, Q, *)."""
+    return conjunction(support.detach().to(unlike.dtype), unlike)
+
+
+def inside_hosts(support: Tensor, unlike: Tensor, hosts: Sequence[Sequence[int]]) -> list[Tensor | None]:
+    """Σ_h σ(u_h)·unlike_h over the hosts of each tumor, (B, *), None without hosts; no gradient to `support`.
+
+    Not the log-odds of a conjunction: the tumor's map is gated by its hosts' support already, and where that support is
+    weak, as at a lesion on the organ's surface, two gates would hide what one lets through.
+    """
+    inside = support.detach().sigmoid().to(unlike.dtype)
+    return [(inside[:, list(h)] * unlike[:, list(h)]).sum(1) if h else None for h in hosts]
+
+
 class ZePTOutput(NamedTuple):
     """What training sees (deep supervision on). Lists go from the finest scale to the coarsest, as nnU-Net's do."""
 
@@ -207,18 +222,16 @@ class ZePT(nn.Module):
         if queries.tumors is None:
             tumor = support.new_full((support.shape[0], self.num_tumors, *support.shape[2:]), -LOGIT_LIMIT)
         else:
-            deviation = self._deviation(x, features, support, queries.organs)
-            tumor, healthy = self._tumor_maps(
-                queries.tumors, self.hosts, features, -1, support, healthy, score, deviation
-            )
-            score = score if deviation is None else deviation
+            unlike = self._unlike(x, features, support, queries.organs)
+            tumor, healthy = self._tumor_maps(queries.tumors, self.hosts, features, -1, support, healthy, score, unlike)
+            score = score if unlike is None else deviation(support, unlike)
         return healthy, tumor, support, score.expand_as(support)
 
     def _training_output(self, x: Tensor, features: list[Tensor]) -> ZePTOutput:
         hosts = self.hosts + self.anomaly_hosts if self.stage == 2 else ()
         queries = self._refine(features, hosts)
         support, healthy, tumor, anomaly = [], [], [], []
-        deviation = None
+        deviates = None
         for scale in reversed(range(len(features))):  # fine to coarse
             if not self.is_calibrated and scale != len(features) - 1:
                 break  # the authors supervise the finest maps alone
@@ -227,10 +240,9 @@ class ZePT(nn.Module):
             else:
                 u, h = self._organ_maps(queries.organs, features, scale)
             if queries.tumors is not None:
-                d = None
-                if scale == len(features) - 1:
-                    d = deviation = self._deviation(x, features, u, queries.organs)
-                z, h = self._tumor_maps(queries.tumors, hosts, features, scale, u, h, self._score(u, h), d)
+                unlike = self._unlike(x, features, u, queries.organs) if scale == len(features) - 1 else None
+                deviates = deviates if unlike is None else deviation(u, unlike)
+                z, h = self._tumor_maps(queries.tumors, hosts, features, scale, u, h, self._score(u, h), unlike)
                 tumor.append(z[:, : self.num_tumors])
                 if self.anomaly_hosts:
                     anomaly.append(z[:, self.num_tumors :])
@@ -247,7 +259,7 @@ class ZePT(nn.Module):
             healthy,
             tumor,
             anomaly,
-            deviation,
+            deviates,
             self._embed(queries.organs, queries.organs_given),
             tumor_embedding,
             self.log_temperature.exp(),
@@ -317,12 +329,9 @@ class ZePT(nn.Module):
                 return support.new_zeros(support.shape[0], 1, *support.shape[2:])
             return minmax_score(healthy)
 
-    def _deviation(self, x: Tensor, features: list[Tensor], support: Tensor, organs: Tensor) -> Tensor | None:
-        """Log-odds that a voxel lies in the organ and is unlike the rest of it, per organ (B, Q, *); finest scale."""
-        if self.relative is None:
-            return None
-        unlike = self.relative(x, features[-1], support, organs)
-        return conjunction(support.detach().to(unlike.dtype), unlike)
+    def _unlike(self, x: Tensor, features: list[Tensor], support: Tensor, organs: Tensor) -> Tensor | None:
+        """Log-odds that a voxel is unlike the rest of an organ, per organ (B, Q, *); finest scale."""
+        return None if self.relative is None else self.relative(x, features[-1], support, organs)
 
     def _prompts(self, support: Tensor, healthy: Tensor, hosts: tuple[tuple[int, ...], ...]) -> Tensor:
         score = self._score(support, healthy).flatten(2)
@@ -339,7 +348,7 @@ class ZePT(nn.Module):
         support: Tensor,
         healthy: Tensor,
         score: Tensor,
-        deviation: Tensor | None = None,
+        unlike: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tumor maps, one for each of `hosts`, and the healthy maps that go with them (the authors edit these)."""
         a = self.tumor_heads[scale](tumors, features[scale])
@@ -355,8 +364,8 @@ class ZePT(nn.Module):
         if self.score_in_maps:
             per_tumor = over_hosts(score, hosts) if self.score_per_organ else [score[:, 0]] * len(hosts)
             hints.append((nn.functional.softplus(self.score_weight), per_tumor))
-        if deviation is not None:
-            hints.append((nn.functional.softplus(self.deviation_weight), over_hosts(deviation, hosts)))
+        if unlike is not None:
+            hints.append((nn.functional.softplus(self.deviation_weight), inside_hosts(support, unlike, hosts)))
         maps = []
         for k, in_host in enumerate(over_hosts(support.detach(), hosts)):
             evidence = a[:, k]
