@@ -17,7 +17,7 @@ from zept_nnunet.knowledge.vectors import text_key
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy
 
-VERSION = 3
+VERSION = 4
 
 _SHARED = {
     "width": 128,  # D
@@ -38,6 +38,7 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
         "score_range": "organ",  # or "patch": min-max over the patch, one map for all tumors
         "prompt_probability": 0.2,
         "relative": True,  # compare each voxel with its own organ
+        "prompts": "relative",  # from that comparison, or "organs": from the score of the organs' maps
     },
     # as the authors compute it: learned queries, one min-max normalized score for all tumors
     "paper": {
@@ -48,6 +49,7 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
         "score_range": "patch",
         "prompt_probability": 0.5,
         "relative": False,
+        "prompts": "organs",
     },
 }
 _TRAINING = {
@@ -69,6 +71,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "queries": ("generated", "learned"),
     "score": ("calibrated", "minmax"),
     "score_range": ("organ", "patch"),
+    "prompts": ("relative", "organs"),
     "descriptions": ("own", "shuffled"),
 }
 _SHARES = ("prompt_probability", "hiding_probability", "unlabeled_host_weight", "stage_one_share")
@@ -216,6 +219,8 @@ def check_settings(decoder: Mapping[str, Any], training: Mapping[str, Any], sour
                 raise ZePTError(f"{source}: {name} setting {key!r} wants {wish}, got {value!r}")
     if decoder["score"] == "minmax" and (decoder["score_range"], decoder["relative"]) != ("patch", False):
         raise ZePTError(f"{source}: score 'minmax' has score_range 'patch' and no relative features")
+    if decoder["prompts"] == "relative" and (decoder["score_range"] == "patch" or not decoder["relative"]):
+        raise ZePTError(f"{source}: prompts 'relative' want relative features and score_range 'organ'; set 'organs'")
 
 
 def read_block(plans: Mapping[str, Any], source: str = "plans.json") -> dict[str, Any]:

@@ -263,10 +263,22 @@ def given_queries(network: Module, knowledge: list[list[Array]], hosts: Hosts) -
     return organs, tumors
 
 
-def zept(network: Module, features: list[Array], unlike: Array | None) -> Maps:
+def shrink_to(score: Array, shape: tuple[int, ...], size: tuple[int, ...]) -> Array:
+    """(Q, V) on a grid → the highest of the voxels that each coarse one covers, (Q, V of `size`)."""
+    fine = score.reshape(-1, *shape)
+    coarse = np.empty((len(fine), *size))
+    for place in np.ndindex(*size):
+        window = tuple(slice(i * n // m, -(-(i + 1) * n // m)) for i, n, m in zip(place, shape, size, strict=True))
+        coarse[(slice(None), *place)] = fine[(slice(None), *window)].reshape(len(fine), -1).max(1)
+    return coarse.reshape(len(fine), -1)
+
+
+def zept(
+    network: Module, features: list[Array], unlike: Array | None, grids: list[tuple[int, ...]] | None = None
+) -> Maps:
     """Everything behind the U-Net, in eval mode with all tumors (no synthetic anomalies).
 
-    features: (C, V) of every decoder scale, coarse to fine; unlike (Q, V): the relative head's logits.
+    features: (C, V) of every decoder scale, coarse to fine, on `grids`; unlike (Q, V): the relative head's logits.
     """
     taxonomy = network.taxonomy
     hosts, num_organs = taxonomy.host_indices(), len(taxonomy.organs)
@@ -291,6 +303,15 @@ def zept(network: Module, features: list[Array], unlike: Array | None) -> Maps:
         tokens.append(x)
         support.append(u)
         healthy.append(h)
+
+    if network.relative_prompts and unlike is not None:
+        assert grids is not None
+        in_organ = mask_head(network.support_heads[-1], q[:num_organs], features[-1])
+        found = calibrated_score(in_organ, -unlike)
+        prompts = [
+            calibrated_prompts(u, shrink_to(found, grids[-1], size), hosts, network.prompt_threshold)
+            for u, size in zip(support, grids, strict=False)
+        ]
 
     is_added = [False] * num_organs + [t.added for t in taxonomy.tumors]
     t = tumors_given

@@ -205,10 +205,12 @@ def test_a_fully_blocked_prompt(
 ) -> None:
     """Logits of ±1e4: there is no anomaly, and either no host or nothing else."""
     network = randomize(make_network(dimensions, block=narrow_block()))
+    assert network.relative is not None
     for name, p in network.named_parameters():
         if name.startswith(("support_heads.", "healthy_heads.")) and name.endswith("bias.bias"):
             is_hidden = blocked_by == "no support" and name.startswith("support_heads.")
             torch.nn.init.constant_(p, -1e4 if is_hidden else 1e4)
+    torch.nn.init.constant_(network.relative.layers[-1].bias, -1e4)
     masks: list[torch.Tensor] = []
     network.advanced[0].register_forward_hook(lambda _, given, __: masks.append(given[2]))
     for x in (image, torch.zeros_like(image)):

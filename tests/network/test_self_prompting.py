@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import torch
 
-from zept_nnunet.network.self_prompting import calibrated_prompts, calibrated_score, minmax_prompts, minmax_score
+from zept_nnunet.network.self_prompting import (
+    calibrated_prompts,
+    calibrated_score,
+    minmax_prompts,
+    minmax_score,
+    shrink_to,
+)
 
 
 def test_calibrated_score_is_in_the_organ_and_not_healthy() -> None:
@@ -41,3 +47,12 @@ def test_each_case_falls_back_by_itself() -> None:
     score = torch.tensor([[[1.0, -1.0]], [[-1.0, -1.0]]])
     got = calibrated_prompts(support, score, ((0,),), threshold=0.0)
     assert got[:, 0].int().tolist() == [[1, 0], [1, 1]]
+
+
+def test_a_single_voxel_survives_the_way_to_a_coarse_grid() -> None:
+    score = torch.full((1, 2, 9, 8), -5.0)
+    score[0, 1, 4, 7] = 3.0
+    coarse = shrink_to(score, (3, 2))
+    assert coarse.shape == (1, 2, 3, 2)
+    assert (coarse > 0).nonzero().tolist() == [[0, 1, 1, 1]]
+    assert shrink_to(score[:, :0], (3, 2)).shape == (1, 0, 3, 2)

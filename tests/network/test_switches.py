@@ -10,7 +10,7 @@ import torch
 
 from tests.small_plans import DATASET_JSON, make_network
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.network.self_prompting import minmax_score
+from zept_nnunet.network.self_prompting import calibrated_prompts, calibrated_score, minmax_score
 from zept_nnunet.network.zept import ZePT, ZePTOutput
 from zept_nnunet.plans_block import add_tumor_to_block, build_block
 
@@ -51,17 +51,15 @@ def test_without_grouping_organ_queries_attend_alone(dimensions: int, image: tor
 
 def test_without_self_prompting_tumor_queries_attend_everywhere(dimensions: int, image: torch.Tensor) -> None:
     default, other = pair(dimensions, self_prompting=False)
+    found = outputs((default, other), image)[0].deviation
+    assert found is not None
     seen: list[Any] = []
     for network in (default, other):
         network.advanced[0].register_forward_pre_hook(lambda _, args: seen.append(args[2]))
     outputs((default, other), image)
     assert seen[0].dtype == torch.bool and seen[1] is None
     assert names(default) == names(other)
-    with torch.no_grad():  # a prompt that is part of the patch
-        for network in (default, other):
-            network.support_heads[0].bias.bias.fill_(8.0)
-            network.healthy_heads[0].bias.bias.fill_(0.0)
-            network.prompt_threshold = 0.0
+    default.prompt_threshold = float(found.quantile(0.99))  # a prompt that is part of the patch
     a, b = outputs((default, other), image)
     assert 0 < seen[2].float().mean() < 1
     assert not torch.equal(a.tumor_embedding, b.tumor_embedding)
@@ -79,8 +77,28 @@ def test_without_the_score_tumor_maps_lose_that_hint_alone(dimensions: int, imag
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a.tumor, b.tumor, strict=True))
 
 
+def test_prompts_from_organ_maps_are_their_score(dimensions: int, image: torch.Tensor) -> None:
+    default, other = pair(dimensions, prompts="organs")
+    assert names(default) == names(other)
+    seen: list[torch.Tensor] = []
+    for network in (default, other):
+        network.prompt_threshold = -3.0
+        network.advanced[0].register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    a, b = outputs((default, other), image)
+    wanted = calibrated_prompts(*coarsest_prompt_inputs(b), other.hosts + other.anomaly_hosts, -3.0)
+    assert torch.equal(seen[1], wanted) and not torch.equal(seen[0], seen[1])
+    assert equal(a.support[-2:], b.support[-2:]) and not torch.equal(a.tumor_embedding, b.tumor_embedding)
+
+
+def coarsest_prompt_inputs(output: ZePTOutput) -> tuple[torch.Tensor, torch.Tensor]:
+    """Support, and the score of the organs' maps, of the coarsest scale."""
+    u, h = output.support[-1], output.healthy[-1]
+    return u.flatten(2), calibrated_score(u, h).flatten(2)
+
+
 def test_without_relative_features_only_the_deviation_is_gone(dimensions: int, image: torch.Tensor) -> None:
-    default, other = pair(dimensions, relative=False)
+    default, other = pair(dimensions, relative=False, prompts="organs")
+    default.relative_prompts = False
     assert {n.split(".")[0] for n in names(default) - names(other)} == {"relative", "deviation_weight"}
     a, b = outputs((default, other), image)
     assert b.deviation is None and equal(a.support, b.support) and equal(a.tumor[1:], b.tumor[1:])
@@ -88,7 +106,7 @@ def test_without_relative_features_only_the_deviation_is_gone(dimensions: int, i
 
 
 def test_a_patchwise_score_is_the_same_for_every_tumor(dimensions: int, image: torch.Tensor) -> None:
-    default, other = pair(dimensions, score_range="patch", prompt_probability=0.5)
+    default, other = pair(dimensions, score_range="patch", prompt_probability=0.5, prompts="organs")
     assert names(default) == names(other)
     seen: list[torch.Tensor] = []
     for network in (default, other):

@@ -114,6 +114,7 @@ def test_anomalies_have_maps_in_training_and_change_no_other(dimensions: int, im
 
 def test_deviation_from_the_own_organ_changes_tumor_maps_alone(dimensions: int, image: torch.Tensor) -> None:
     block = build_block(deepcopy(DATASET_JSON))
+    block["decoder"]["prompts"] = "organs"  # or queries would differ as well
     plain = {**block, "decoder": {**block["decoder"], "relative": False}}
     network, without = (make_network(dimensions, block=b).eval() for b in (block, plain))
     mine = {n: v for n, v in network.state_dict().items() if not n.startswith(("relative.", "deviation_weight"))}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zept_nnunet.network.logits import conjunction, union
@@ -30,6 +33,14 @@ def minmax_score(organ_maps: Tensor, eps: float = 1e-6) -> Tensor:
 def over_hosts(organ_maps: Tensor, hosts: tuple[tuple[int, ...], ...]) -> list[Tensor | None]:
     """Per tumor the union (in log-odds) of its hosts' maps (B, *); None where the whole body is the host."""
     return [union(organ_maps[:, list(h)], 1) if h else None for h in hosts]
+
+
+def shrink_to(score: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, Q, *) → (B, Q, size): the highest score in each coarse voxel, so that a small lesion is not averaged away."""
+    if score.shape[1] == 0:
+        return score.new_zeros(*score.shape[:2], *size)
+    pool = F.adaptive_max_pool3d if score.ndim == 5 else F.adaptive_max_pool2d
+    return pool(score, list(size))
 
 
 def calibrated_prompts(support: Tensor, score: Tensor, hosts: tuple[tuple[int, ...], ...], threshold: float) -> Tensor:

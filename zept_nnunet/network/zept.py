@@ -27,6 +27,7 @@ from zept_nnunet.network.self_prompting import (
     minmax_prompts,
     minmax_score,
     over_hosts,
+    shrink_to,
 )
 from zept_nnunet.plans_block import fingerprint, thresholds_of
 from zept_nnunet.taxonomy import Taxonomy
@@ -106,6 +107,7 @@ class ZePT(nn.Module):
         self.is_calibrated = settings["score"] == "calibrated"
         self.score_per_organ = settings["score_range"] == "organ"
         self.self_prompting, self.score_in_maps = settings["self_prompting"], settings["score_in_maps"]
+        self.relative_prompts = settings["prompts"] == "relative"
         probability = torch.tensor(float(settings["prompt_probability"]))
         self.prompt_threshold = float(torch.logit(probability) if self.score_per_organ else probability)
 
@@ -203,7 +205,7 @@ class ZePT(nn.Module):
         hosts, take up: a query says nothing of an organ that is not there. U counts trained and added tumors.
         """
         features = self.decoder(self.encoder(x))
-        queries = self._refine(features, self.hosts if self.predict_tumors else ())
+        queries = self._refine(x, features, self.hosts if self.predict_tumors else ())
         support, _ = self._organ_maps(queries.organs, features, -1)
         organs = self._embed(queries.organs, queries.organs_given)
         voxels = support.float().sigmoid().flatten(2).sum(2)
@@ -216,20 +218,20 @@ class ZePT(nn.Module):
 
     def _finest_maps(self, x: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """healthy, tumor, support, anomaly at the finest scale."""
-        queries = self._refine(features, self.hosts if self.predict_tumors else ())
+        queries = self._refine(x, features, self.hosts if self.predict_tumors else ())
         support, healthy = self._organ_maps(queries.organs, features, -1)
         score = self._score(support, healthy)
         if queries.tumors is None:
             tumor = support.new_full((support.shape[0], self.num_tumors, *support.shape[2:]), -LOGIT_LIMIT)
         else:
-            unlike = self._unlike(x, features, support, queries.organs)
+            unlike = queries.unlike
             tumor, healthy = self._tumor_maps(queries.tumors, self.hosts, features, -1, support, healthy, score, unlike)
             score = score if unlike is None else deviation(support, unlike)
         return healthy, tumor, support, score.expand_as(support)
 
     def _training_output(self, x: Tensor, features: list[Tensor]) -> ZePTOutput:
         hosts = self.hosts + self.anomaly_hosts if self.stage == 2 else ()
-        queries = self._refine(features, hosts)
+        queries = self._refine(x, features, hosts)
         support, healthy, tumor, anomaly = [], [], [], []
         deviates = None
         for scale in reversed(range(len(features))):  # fine to coarse
@@ -240,7 +242,7 @@ class ZePT(nn.Module):
             else:
                 u, h = self._organ_maps(queries.organs, features, scale)
             if queries.tumors is not None:
-                unlike = self._unlike(x, features, u, queries.organs) if scale == len(features) - 1 else None
+                unlike = queries.unlike if scale == len(features) - 1 else None
                 deviates = deviates if unlike is None else deviation(u, unlike)
                 z, h = self._tumor_maps(queries.tumors, hosts, features, scale, u, h, self._score(u, h), unlike)
                 tumor.append(z[:, : self.num_tumors])
@@ -267,8 +269,9 @@ class ZePT(nn.Module):
         )
 
     # ------------------------------------------------------------------------------------------------ parts
-    def _refine(self, features: list[Tensor], hosts: tuple[tuple[int, ...], ...]) -> _Queries:
-        """Grouping, prompts, advanced layers, joint attention; `hosts` of each advanced query, or ()."""
+    def _refine(self, x: Tensor, features: list[Tensor], hosts: tuple[tuple[int, ...], ...]) -> _Queries:
+        """Grouping, relative head, prompts, advanced layers, joint attention; `hosts` of each advanced query, or ()."""
+        image = x
         batch = features[0].shape[0]
         organs_given, tumors_given = self._given_queries(hosts)
         organs_given = organs_given.expand(batch, -1, -1)
@@ -282,18 +285,20 @@ class ZePT(nn.Module):
             coarse.append(self._organ_maps(q[:, : self.num_organs], features, scale))
         organs = q[:, : self.num_organs]
         if not hosts:
-            return _Queries(organs, organs_given, None, None, coarse)
+            return _Queries(organs, organs_given, None, None, coarse, None)
 
         tumors_given = tumors_given.expand(batch, -1, -1)
         t = tumors_given
         is_training_set = len(hosts) > self.num_tumors
         tumors_see = self.tumors_see_training if is_training_set else self.tumors_see
-        prompts = [self._prompts(u, h, hosts) if self.self_prompting else None for u, h in coarse]
+        unlike = self._unlike(image, features, organs)
+        prompts = self._prompts(coarse, features, organs, unlike, hosts)
         for i, layer in enumerate(self.advanced):
             scale = i % self.num_grouping
             t = layer(t, tokens[scale], prompts[scale], tumors_see)
         joint = self.joint(torch.cat((organs, t), 1), self.sees_training if is_training_set else self.sees)
-        return _Queries(joint[:, : self.num_organs], organs_given, joint[:, self.num_organs :], tumors_given, coarse)
+        organs, t = joint.split((self.num_organs, len(hosts)), 1)
+        return _Queries(organs, organs_given, t, tumors_given, coarse, unlike)
 
     def _given_queries(self, hosts: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
         """Queries before they have seen the image: (Q, D), and one (D) for each of `hosts`: (len(hosts), D)."""
@@ -329,15 +334,42 @@ class ZePT(nn.Module):
                 return support.new_zeros(support.shape[0], 1, *support.shape[2:])
             return minmax_score(healthy)
 
-    def _unlike(self, x: Tensor, features: list[Tensor], support: Tensor, organs: Tensor) -> Tensor | None:
-        """Log-odds that a voxel is unlike the rest of an organ, per organ (B, Q, *); finest scale."""
-        return None if self.relative is None else self.relative(x, features[-1], support, organs)
+    def _unlike(self, x: Tensor, features: list[Tensor], organs: Tensor) -> Tensor | None:
+        """Log-odds that a voxel is unlike the rest of an organ, per organ (B, Q, *); finest scale.
 
-    def _prompts(self, support: Tensor, healthy: Tensor, hosts: tuple[tuple[int, ...], ...]) -> Tensor:
-        score = self._score(support, healthy).flatten(2)
-        if self.score_per_organ:
-            return calibrated_prompts(support.flatten(2), score, hosts, self.prompt_threshold)
-        return minmax_prompts(score, len(hosts), self.prompt_threshold)
+        The organs are those that grouping found: it comes before the tumor queries, which are prompted by it.
+        """
+        if self.relative is None:
+            return None
+        with torch.no_grad():
+            support = self.support_heads[-1](organs, features[-1])
+        return self.relative(x, features[-1], support, organs)
+
+    @torch.no_grad()
+    def _prompts(
+        self,
+        coarse: list[tuple[Tensor, Tensor]],
+        features: list[Tensor],
+        organs: Tensor,
+        unlike: Tensor | None,
+        hosts: tuple[tuple[int, ...], ...],
+    ) -> list[Tensor | None]:
+        """Of each grouping scale, where each tumor's query may attend: bool (B, U, V)."""
+        if not self.self_prompting:
+            return [None] * len(coarse)
+        finest = None
+        if self.relative_prompts:
+            assert unlike is not None
+            finest = deviation(self.support_heads[-1](organs, features[-1]), unlike)
+        prompts: list[Tensor | None] = []
+        for support, healthy in coarse:
+            score = self._score(support, healthy) if finest is None else shrink_to(finest, support.shape[2:])
+            if self.score_per_organ:
+                args = support.flatten(2), score.flatten(2), hosts, self.prompt_threshold
+                prompts.append(calibrated_prompts(*args))
+            else:
+                prompts.append(minmax_prompts(score.flatten(2), len(hosts), self.prompt_threshold))
+        return prompts
 
     def _tumor_maps(
         self,
@@ -427,3 +459,4 @@ class _Queries(NamedTuple):
     tumors: Tensor | None  # (B, U, D), or (B, U + A, D) in training
     tumors_given: Tensor | None
     coarse: list[tuple[Tensor, Tensor]]  # support and healthy maps of the grouping scales, coarse to fine
+    unlike: Tensor | None  # (B, Q, *): the relative head's logits
