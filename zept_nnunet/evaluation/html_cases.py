@@ -117,8 +117,8 @@ def choose_cases(
 
 
 def _describe_wanted(case: str, classes: Sequence[TumorClass], folders: Folders) -> Choice:
-    reference = _read(folders.references / (case + folders.file_ending))
-    counts = {c.name: int(np.isin(sitk.GetArrayViewFromImage(reference), c.reference_values).sum()) for c in classes}
+    reference = sitk.GetArrayFromImage(_read(folders.references / (case + folders.file_ending)))
+    counts = {c.name: int(np.isin(reference, c.reference_values).sum()) for c in classes}
     largest = max(counts, key=counts.__getitem__)
     return Choice(case, largest, largest) if counts[largest] else Choice(case, "none of the tumors of this page", None)
 
@@ -133,7 +133,7 @@ def _healthy_scan(judge: Method, classes: Sequence[TumorClass], folders: Folders
     none = recall[[n for n in every if n in recall]].isna().all(axis=1) & false[shown].notna().any(axis=1)
     counts = false.loc[none, shown].sum(axis=1).sort_values(ascending=False, kind="stable")
     for case, count in counts.items():
-        reference = sitk.GetArrayViewFromImage(_read(folders.references / (str(case) + folders.file_ending)))
+        reference = sitk.GetArrayFromImage(_read(folders.references / f"{case}{folders.file_ending}"))
         if not values & set(np.unique(reference).tolist()):
             reason = f"healthy scan in which {judge.name} reports most false lesions ({count:g})"
             return Choice(str(case), reason, None)

@@ -30,6 +30,7 @@ _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -63,7 +64,7 @@ def curve_figure(methods: Sequence[Method], class_name: str, curve: str) -> str 
             axes.plot(x, y, drawstyle="steps-post" if is_step else "default", **{**line, "marker": "None"})
             at = np.searchsorted(x, marks, side="right") - 1
             height_at = y[at] if is_step else np.interp(marks, x, y)
-            axes.plot(marks, height_at, **{**line, "linestyle": "None"})
+            axes.plot(marks, height_at, **{**line, "linestyle": "None", "clip_on": False})
             if np.isfinite(low).all():
                 axes.fill_between(
                     x, low, high, step="post" if is_step else None, color=line["color"], alpha=0.16, linewidth=0
@@ -134,7 +135,7 @@ def healthy_figure(methods: Sequence[Method], class_name: str, rate: float | Non
                     axes.plot([max(low, 0), high], [y, y], color=color, linewidth=1.4)
                 axes.plot(
                     [cell.value], [y], linestyle="None", marker=_MARKERS[i % len(_MARKERS)], markersize=6.5,
-                    color=color, markerfacecolor=color if is_filled else "none",
+                    clip_on=False, color=color, markerfacecolor=color if is_filled else "none",
                 )  # fmt: skip
                 told.append(f"{method.name} {'own' if is_filled else 'matched'} {cell.value:.2f}")
             axes.text(0.0, place - 0.2, method.name, transform=axes.get_yaxis_transform(), fontsize=9.5, va="bottom")
@@ -159,6 +160,7 @@ def _svg(figure: Figure, description: str) -> str:
     text = text.replace(_INK, "currentColor")
     for i, color in enumerate(_COLORS):
         text = text.replace(color, f"var(--method-{i})")
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # no reference names them, and each figure has the same
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None

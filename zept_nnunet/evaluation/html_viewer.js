@@ -4,7 +4,7 @@
   const state = element("viewer-state");
   const bytes = (base64) => Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
   const giveUp = (why) => {
-    for (const id of ["viewer-controls", "canvas", "viewer-legend"]) element(id).hidden = true;
+    for (const id of ["viewer-controls", "viewer-frame", "viewer-legend"]) element(id).hidden = true;
     element("viewer-instead").hidden = false;
     state.textContent = `${why}: slices stand here in place of the viewer.`;
   };
@@ -22,6 +22,7 @@
     URL.revokeObjectURL(address);
     viewer = new Niivue({
       backColor: [0, 0, 0, 1], show3Dcrosshair: true, dragAndDropEnabled: false, isColorbar: false, logLevel: "error",
+      isRadiologicalConvention: true, crosshairWidth: 1, crosshairWidthUnit: "mm", crosshairColor: [1, 1, 1, 0.8],
     });
     await viewer.attachToCanvas(element("canvas"), false);
   };
@@ -64,7 +65,7 @@
 
   try {
     state.textContent = "The viewer starts …";
-    for (const id of ["viewer-controls", "canvas", "viewer-legend"]) element(id).hidden = false;
+    for (const id of ["viewer-controls", "viewer-frame", "viewer-legend"]) element(id).hidden = false;
     element("viewer-case").replaceChildren(...cases.map((c, i) => new Option(c.title, i)));
     await load();
     await show(0);
