@@ -8,6 +8,10 @@
     element("viewer-instead").hidden = false;
     state.textContent = `${why}: slices stand here in place of the viewer.`;
   };
+  const fail = (error) => {
+    console.error(error);
+    giveUp("The viewer does not work here");
+  };
   if (!document.createElement("canvas").getContext("webgl2")) return giveUp("This browser has no WebGL 2");
   if (typeof DecompressionStream === "undefined") return giveUp("This browser cannot unpack the viewer");
 
@@ -70,10 +74,9 @@
     await load();
     await show(0);
     element("viewer-instead").hidden = true;
-    element("viewer-case").addEventListener("change", (event) => show(Number(event.target.value)));
+    element("viewer-case").addEventListener("change", (event) => show(Number(event.target.value)).catch(fail));
     for (const id of ["viewer-layer", "viewer-opacity", "viewer-view"]) element(id).addEventListener("input", draw);
   } catch (error) {
-    console.error(error);
-    giveUp("The viewer did not start");
+    fail(error);
   }
 })();
