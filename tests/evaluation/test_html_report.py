@@ -94,6 +94,7 @@ class Folders:
         score = np.where(cases["case_000"] == 4, 6.0, -6.0).astype(np.float32)
         like = self.references / "case_000.nii.gz"
         write_image(self.ours / "case_000_anomaly_pancreas.nii.gz", score, like)
+        write_image(self.ours / "case_000_prompt_pancreas.nii.gz", (score > 0).astype(np.uint8), like)
 
     def run(self, *flags: str | Path, ours: str = "ours", cases: bool = True) -> int:
         command = ["report", "-o", self.page, "--method", f"{ours}={self.ours / 'evaluation'}:{self.ours}"]
@@ -167,7 +168,8 @@ def test_the_page_is_complete_and_holds_the_figures(folders: Folders, with_viewe
     assert all(image["alt"] for image in page.images)
     assert all(str(image["src"]).startswith("data:image/png;base64,iVBOR") for image in page.images)
     titles = re.findall(r"<figcaption>([^<]*)</figcaption></figure>", page.raw)
-    assert {"image", "reference", "ours", "ours: anomaly score"} <= set(titles) and "theirs" not in titles
+    ours = {"ours", "ours: anomaly score", "ours: visual prompts"}
+    assert {"image", "reference", *ours} <= set(titles) and "theirs" not in titles
     assert "healthy scan in which ours reports most false lesions" in page.text
 
 

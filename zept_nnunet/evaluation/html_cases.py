@@ -238,7 +238,9 @@ def panels_of(volumes: CaseVolumes, classes: Sequence[TumorClass], index: int) -
         panels.append(Panel(f"{name}: anomaly score", _png(colors), f"Anomaly score of {name}: {where}"))
     for name, prompt in volumes.prompts.items():
         alt = f"Visual prompts of {name}: {where}"
-        panels.append(_panel(volumes, index, f"{name}: visual prompts", alt, prompt[index] * 2, reference > 0))
+        panels.append(
+            _panel(volumes, index, f"{name}: visual prompts", alt, prompt[index] * len(CLASS_COLORS), reference > 0)
+        )
     return panels
 
 

@@ -159,18 +159,20 @@ class ZePT(nn.Module):
         features = self.decoder(self.encoder(x))
         if self.decoder.deep_supervision:
             return self._training_output(x, features)
-        healthy, tumor, _, _ = self._finest_maps(x, features)
+        healthy, tumor, *_ = self._finest_maps(x, features)
         return self._channels(healthy, tumor)
 
-    def forward_scores(self, x: Tensor) -> dict[str, Tensor]:
+    def forward_scores(self, x: Tensor, with_prompts: bool = False) -> dict[str, Tensor]:
         """Scores for ranking and for anomaly maps, in log-odds within ±1000.
 
         (B, C, *) → `tumor_logits` (B, U, *), `anomaly` and `support` (B, Q, *), and `logits` (B, heads, *), which are
-        what `forward` returns.
+        what `forward` returns. With prompts also `prompts` (B, Q, *), 0 or 1: where a tumor of that organ alone may
+        attend at the finest grouped scale.
         """
-        healthy, tumor, support, anomaly = self._finest_maps(x, self.decoder(self.encoder(x)))
+        healthy, tumor, support, anomaly, coarse = self._finest_maps(x, self.decoder(self.encoder(x)))
         limit = LOGIT_LIMIT
-        return {
+        prompts = {"prompts": self._organ_prompts(*coarse, x.shape[2:])} if with_prompts else {}
+        return prompts | {
             "logits": self._channels(healthy, tumor),
             "tumor_logits": tumor.clamp(-limit, limit),
             "anomaly": anomaly.clamp(-limit, limit),
@@ -199,8 +201,10 @@ class ZePT(nn.Module):
         tumors = self._embed(queries.tumors, queries.tumors_given)
         return torch.cat((organs, tumors), 1), torch.cat((voxels, *(v[:, None] for v in of_hosts)), 1)
 
-    def _finest_maps(self, x: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """healthy, tumor, support, anomaly at the finest scale."""
+    def _finest_maps(
+        self, x: Tensor, features: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """healthy, tumor, support, anomaly at the finest scale; support and healthy at the finest grouped one."""
         queries = self._refine(features, self.hosts if self.predict_tumors else ())
         support, healthy = self._organ_maps(queries.organs, features, -1)
         score = self._score(support, healthy)
@@ -212,7 +216,7 @@ class ZePT(nn.Module):
                 queries.tumors, self.hosts, features, -1, support, healthy, score, deviation
             )
             score = score if deviation is None else deviation
-        return healthy, tumor, support, score.expand_as(support)
+        return healthy, tumor, support, score.expand_as(support), queries.coarse[-1]
 
     def _training_output(self, x: Tensor, features: list[Tensor]) -> ZePTOutput:
         hosts = self.hosts + self.anomaly_hosts if self.stage == 2 else ()
@@ -329,6 +333,11 @@ class ZePT(nn.Module):
         if self.score_per_organ:
             return calibrated_prompts(support.flatten(2), score, hosts, self.prompt_threshold)
         return minmax_prompts(score, len(hosts), self.prompt_threshold)
+
+    def _organ_prompts(self, support: Tensor, healthy: Tensor, shape: Sequence[int]) -> Tensor:
+        prompts = self._prompts(support, healthy, tuple((organ,) for organ in range(self.num_organs)))
+        coarse = prompts.reshape(support.shape).to(support.dtype)
+        return nn.functional.interpolate(coarse, size=tuple(shape), mode="nearest")
 
     def _tumor_maps(
         self,
