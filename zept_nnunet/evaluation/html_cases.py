@@ -65,12 +65,11 @@ class Choice:
 
 @dataclass
 class CaseVolumes:
-    """One case, all arrays (Z, Y, X), feet first, seen from the feet; `labels`: 1 + index of a shown class, else 0."""
+    """One case, all arrays (Z, Y, X) in LPS; label maps hold 1 + index of a shown class, else 0."""
 
     case: str
     image: np.ndarray  # 0 … 1
     reference: np.ndarray
-    is_healthy: bool
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     anomaly: dict[str, np.ndarray] = field(default_factory=dict)  # method → 0 … 1
     prompts: dict[str, np.ndarray] = field(default_factory=dict)
@@ -148,16 +147,12 @@ def read_case(case: str, methods: Sequence[Method], classes: Sequence[TumorClass
         ZePTError: a file is missing, unreadable, or of another size.
     """
     reference = _read(folders.references / (case + folders.file_ending))
-    first = methods[0].summary
-    assert first is not None
     labels = sitk.GetArrayFromImage(reference)
-    tumors = [v for c in first["classes"].values() if c["role"] == "tumor" for v in c["reference_values"]]
     image = sitk.GetArrayFromImage(_read(folders.images / f"{case}_0000{folders.file_ending}", reference))
     found = CaseVolumes(
         case,
         _windowed(image, folders.is_ct),
         _indexed(labels, [c.reference_values for c in classes]),
-        not np.isin(labels, tumors).any(),
         like=reference,
     )
     for method in methods:
