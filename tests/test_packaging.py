@@ -51,7 +51,7 @@ def test_constraints_pin_every_dependency_exactly(setup_cfg: configparser.Config
     assert names <= pinned
 
 
-def test_the_wheel_holds_descriptions_and_vectors(tmp_path: Path) -> None:
+def test_the_wheel_holds_descriptions_vectors_and_the_page(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -69,6 +69,9 @@ def test_the_wheel_holds_descriptions_and_vectors(tmp_path: Path) -> None:
     subprocess.run(command, cwd=source, check=True, capture_output=True, text=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     data = {
-        f.relative_to(ROOT) for f in (ROOT / "zept_nnunet" / "knowledge").rglob("*") if f.suffix not in (".py", ".pyc")
+        f.relative_to(ROOT)
+        for package in ("knowledge", "evaluation")
+        for f in (ROOT / "zept_nnunet" / package).rglob("*")
+        if f.suffix not in (".py", ".pyc")
     }
-    assert {str(f) for f in data if (ROOT / f).is_file()} <= names and len(data) >= 7
+    assert {str(f) for f in data if (ROOT / f).is_file()} <= names and len(data) >= 9

@@ -25,6 +25,7 @@ COMMANDS = (
     "phantom",
     "insert_lesions",
     "evaluate",
+    "report",
 )
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _RUN_WITH_ANY_NNUNET = ("doctor", "trainers-path")  # doctor reports the version with everything else

@@ -266,8 +266,8 @@ def incomplete(folders: Folders, capsys: pytest.CaptureFixture[str], message: st
 def test_a_missing_prediction(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
     assert folders.run() == 0
     names = {(r["class"], r["scope"], r["metric"]) for _, r in folders.metrics().iterrows() if r["case"] == "case_001"}
-    (folders.out / "metrics.csv").unlink()
-    (folders.out / "summary.json").unlink()
+    for path in folders.out.iterdir():
+        path.unlink()
     (folders.predictions / "case_001.nii.gz").unlink()
     incomplete(folders, capsys, "case_001.nii.gz is missing")
     m = folders.metrics()
@@ -388,7 +388,7 @@ def test_an_earlier_report_is_kept(folders: Folders, capsys: pytest.CaptureFixtu
     assert "--overwrite" in capsys.readouterr().err
     assert [p.name for p in folders.out.iterdir()] == ["comparison.csv"]
     assert folders.run("--overwrite") == 0
-    assert sorted(p.name for p in folders.out.iterdir()) == ["metrics.csv", "summary.json"]
+    assert sorted(p.name for p in folders.out.iterdir()) == ["curves.csv", "metrics.csv", "summary.json"]
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,10 @@ def test_anomaly_maps_lie_on_the_image(predicted: Path, images: Path) -> None:
             values = sitk.GetArrayFromImage(anomaly)
             assert np.isfinite(values).all()
             assert values.std() > 0
+            prompt = sitk.ReadImage(str(predicted / f"{case}_prompt_{host}.nii.gz"))
+            assert prompt.GetPixelID() == sitk.sitkUInt8
+            assert (prompt.GetSize(), prompt.GetOrigin()) == (anomaly.GetSize(), anomaly.GetOrigin())
+            assert set(np.unique(sitk.GetArrayFromImage(prompt))) <= {0, 1}
 
 
 def test_continue_prediction_makes_what_is_missing(predicted: Path, model: Path, images: Path, tmp_path: Path) -> None:

@@ -45,6 +45,21 @@ def test_deep_supervision_outputs_agree_with_the_prediction(network: ZePT, image
     assert torch.allclose(network(image), want, atol=1e-5)
 
 
+def test_prompts_of_organs_are_those_of_a_tumor_in_each(network: ZePT, image: torch.Tensor) -> None:
+    network.eval()
+    network.decoder.deep_supervision = False
+    assert "prompts" not in network.forward_scores(image)
+    scores = network.forward_scores(image, with_prompts=True)
+    prompts = scores["prompts"]
+    assert prompts.shape == scores["support"].shape and set(prompts.unique().tolist()) <= {0, 1}
+    assert prompts.flatten(2).any(-1).all()  # never an empty row
+    features = network.decoder(network.encoder(image))
+    support, healthy = network._refine(features, network.hosts).coarse[-1]
+    used = network._prompts(support, healthy, ((1,),)).reshape(-1, *support.shape[2:])
+    step = [a // b for a, b in zip(image.shape[2:], support.shape[2:], strict=True)]
+    assert torch.equal(prompts[:, 1][(slice(None), *(slice(None, None, s) for s in step))], used.float())
+
+
 def test_regions_report_unions_within_the_limit(dimensions: int, image: torch.Tensor) -> None:
     network = make_network(dimensions, REGIONS, deep_supervision=False).eval()
     logits = network(image)

@@ -10,7 +10,15 @@ from typing import Any
 from zept_nnunet.commands.taxonomy import find_dataset_json
 from zept_nnunet.errors import ZePTError
 
-_FILES = ("metrics.csv", "summary.json", "metrics_versus.csv", "summary_versus.json", "comparison.csv")
+_FILES = (
+    "metrics.csv",
+    "curves.csv",
+    "summary.json",
+    "metrics_versus.csv",
+    "curves_versus.csv",
+    "summary_versus.json",
+    "comparison.csv",
+)
 
 
 def register(subparsers: Any) -> None:
@@ -18,10 +26,10 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="evaluate predictions: overlap, ranking, lesions, false positives; seen and unseen classes apart",
-        description="Compare predictions with references, per case and per class, and write metrics.csv and "
-        "summary.json. Classes come from the dataset.json beside the predictions. Ranking metrics want CASE_scores.npz "
-        "there (zept predict --save_scores). Exit status 1 where something is missing or wrong. Definitions: "
-        "docs/evaluation.md",
+        description="Compare predictions with references, per case and per class, and write metrics.csv, "
+        "summary.json and, with scores, curves.csv. Classes come from the dataset.json beside the predictions. Ranking "
+        "metrics want CASE_scores.npz there (zept predict --save_scores). Exit status 1 where something is missing or "
+        "wrong. Definitions: docs/evaluation.md",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("-r", metavar="FOLDER", type=Path, help="references, CASE + file ending")
@@ -83,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from zept_nnunet.evaluation import report
     from zept_nnunet.evaluation.aggregate import Draws
     from zept_nnunet.evaluation.case import Settings
+    from zept_nnunet.evaluation.curves import curves_table
     from zept_nnunet.evaluation.run import MethodFolders, evaluate_method, read_strata
 
     settings = Settings(args.tolerance_mm, args.lesion_iou, tuple(dict.fromkeys(args.fp_rate)))
@@ -111,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
         inputs |= {"calibration": [str(p) for p in method.calibration], "bootstrap_seed": args.seed}
         suffix = "_versus" if index else ""
         tables[f"metrics{suffix}.csv"] = report.metrics_table(result, figures[-1])
+        if result.with_scores:
+            tables[f"curves{suffix}.csv"] = curves_table(result, draws)
         summaries.append((f"summary{suffix}.json", report.summary(result, figures[-1], settings, inputs, draws)))
     if args.versus:
         tables["comparison.csv"] = report.comparison_table(*figures)

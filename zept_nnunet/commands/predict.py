@@ -33,7 +33,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--save_probabilities", action="store_true", help="also write nnU-Net's .npz, for ensembling")
     parser.add_argument("--save_scores", action="store_true", help="also write CASE_scores.npz: logits of the tumors")
     parser.add_argument(
-        "--save_anomaly_maps", action="store_true", help="also write CASE_anomaly_HOST.nii.gz for every host"
+        "--save_anomaly_maps",
+        action="store_true",
+        help="also write CASE_anomaly_HOST.nii.gz and CASE_prompt_HOST.nii.gz, the visual prompt, for every host",
     )
     parser.add_argument("--continue_prediction", action="store_true", help="leave complete cases as they are")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint (default: checkpoint_final.pth)")

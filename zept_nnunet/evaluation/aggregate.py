@@ -135,14 +135,14 @@ def _froc(table: Sequence[Sequence[ClassResult]], draws: Draws) -> dict[Key, Est
         per_seed.append(froc_sensitivities(scans)[0])
         sampled.append(froc_sensitivities(scans, draws.cases[:, use]))
     value = np.mean(per_seed, axis=0)  # (7,)
-    samples = _mean_over_seeds(np.stack(sampled), draws)  # (B, 7)
+    samples = mean_over_seeds(np.stack(sampled), draws)  # (B, 7)
     cases = sum(any(row[i].candidates is not None for row in table) for i in range(len(table[0])))
     found = {("volume", name): Estimate(float(value[i]), samples[:, i], cases) for i, name in enumerate(FROC_NAMES)}
     found["volume", "froc_score"] = Estimate(float(value.mean()), samples.mean(axis=1), cases)
     return found
 
 
-def _mean_over_seeds(values: np.ndarray, draws: Draws) -> np.ndarray:
+def mean_over_seeds(values: np.ndarray, draws: Draws) -> np.ndarray:
     """(S, B, …) → (B, …), each sample weighting the seeds as drawn."""
     weights = draws.seeds / draws.seeds.sum(axis=1, keepdims=True)
     return np.einsum("bs,sb...->b...", weights, values)
@@ -160,7 +160,7 @@ def _patient_auroc(holds: np.ndarray, scores: np.ndarray, draws: Draws) -> Estim
             plus, minus = draws.cases[:, positive], draws.cases[:, negative]
             sampled.append(((plus @ wins) * minus).sum(axis=1) / (plus.sum(axis=1) * minus.sum(axis=1)))
     cases = int(np.isfinite(scores).any(axis=0).sum())
-    return Estimate(float(np.mean(values)), _mean_over_seeds(np.stack(sampled), draws), cases)
+    return Estimate(float(np.mean(values)), mean_over_seeds(np.stack(sampled), draws), cases)
 
 
 def group(estimates: Sequence[Mapping[Key, Estimate]]) -> dict[Key, Estimate]:

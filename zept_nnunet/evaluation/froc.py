@@ -126,8 +126,12 @@ def find_candidates(
     return Candidates(values[kept], np.asarray(hits, dtype=np.int32), count)
 
 
-def froc_sensitivities(scans: Sequence[Candidates], weights: np.ndarray | None = None) -> np.ndarray:
-    """Sensitivity at each of `FALSE_POSITIVES_PER_SCAN`, over all lesions of all scans.
+def froc_sensitivities(
+    scans: Sequence[Candidates],
+    weights: np.ndarray | None = None,
+    rates: Sequence[float] | np.ndarray = FALSE_POSITIVES_PER_SCAN,
+) -> np.ndarray:
+    """Sensitivity at each of R rates of false positives per scan, over all lesions of all scans.
 
     The curve is a step function: the sensitivity of the lowest threshold with at most that many false positives.
 
@@ -136,25 +140,36 @@ def froc_sensitivities(scans: Sequence[Candidates], weights: np.ndarray | None =
         weights: (B, n) how often each scan counts, per bootstrap sample; None: each once, B = 1.
 
     Returns:
-        (B, 7); NaN where the scans hold no lesion.
+        (B, R); NaN where the scans hold no lesion.
     """
     weights = np.ones((1, len(scans))) if weights is None else weights
-    scan = np.repeat(np.arange(len(scans)), [len(s.codes) for s in scans])
-    codes = np.concatenate([s.codes for s in scans]) if len(scans) else np.zeros(0, dtype=np.uint16)
-    is_hit = np.concatenate([s.hits for s in scans]) > 0 if len(scans) else np.zeros(0, dtype=bool)
-    order = np.argsort(-codes.astype(np.int64), kind="stable")
-    codes, scan, is_hit = codes[order], scan[order], is_hit[order]
-    ends = (
-        np.append(np.flatnonzero(np.diff(codes.astype(np.int64))), len(codes) - 1) if len(codes) else np.zeros(0, int)
-    )
+    scan, is_hit, ends = _in_order(scans)
     lesions = weights @ np.array([s.lesions for s in scans], dtype=float)
-    rates = np.asarray(FALSE_POSITIVES_PER_SCAN)
+    rates = np.asarray(rates, dtype=float)
     result = np.full((len(weights), len(rates)), np.nan)
     for b, w in enumerate(weights):
         if not lesions[b]:
             continue
         each = w[scan]
-        false = np.cumsum(each * ~is_hit)[ends] if len(codes) else np.zeros(0)
-        true = np.concatenate([[0.0], np.cumsum(each * is_hit)[ends] if len(codes) else []])
-        result[b] = true[np.searchsorted(false, rates * w.sum(), side="right")] / lesions[b]
+        false = np.cumsum(each * ~is_hit)[ends]
+        true = np.concatenate([[0.0], np.cumsum(each * is_hit)[ends]])
+        allowed = rates * w.sum() + 1e-6  # false positives are whole numbers, a rate times the scans may not be
+        result[b] = true[np.searchsorted(false, allowed, side="right")] / lesions[b]
     return result
+
+
+def froc_steps(scans: Sequence[Candidates]) -> np.ndarray:
+    """False positives per scan at which the sensitivity rises, ascending."""
+    _, is_hit, ends = _in_order(scans)
+    gained = np.diff(np.cumsum(is_hit)[ends], prepend=0) > 0
+    return np.unique(np.cumsum(~is_hit)[ends][gained] / max(len(scans), 1))
+
+
+def _in_order(scans: Sequence[Candidates]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All candidates by descending score: their scan, whether they hit a lesion, and where each score ends."""
+    scan = np.repeat(np.arange(len(scans)), [len(s.codes) for s in scans])
+    codes = np.concatenate([np.zeros(0, dtype=np.int64), *(s.codes for s in scans)]).astype(np.int64)
+    is_hit = np.concatenate([np.zeros(0, dtype=np.int32), *(s.hits for s in scans)]) > 0
+    order = np.argsort(-codes, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(codes[order])), len(codes) - 1) if len(codes) else np.zeros(0, dtype=int)
+    return scan[order], is_hit[order], ends

@@ -127,7 +127,8 @@ def _note_files(result: MethodResult, cases: Sequence[str], folders: Iterable[Pa
         result.problems.append(f"the model does not report {unknown}, which {table.source} names: no DSC, NSD, lesions")
     for folder in folders:
         predicted = {p.name[: -len(table.file_ending)] for p in folder.glob(f"*{table.file_ending}")}
-        predicted = {p for p in predicted if not any(p.startswith(f"{case}_anomaly_") for case in cases)}
+        ours = tuple(f"{case}_{kind}_" for case in cases for kind in ("anomaly", "prompt"))
+        predicted = {p for p in predicted if not p.startswith(ours)}
         extra = sorted(predicted - set(cases))
         if extra:
             result.notes.append(f"{folder} also holds {len(extra)} files without a reference, such as {extra[0]}")

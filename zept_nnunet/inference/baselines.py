@@ -180,6 +180,7 @@ def predict(model: Model, method: Method, cases: Mapping[str, Sequence[str]], ou
                     item["ofile"],
                     None,
                     (),
+                    (),
                     predictor.plans_manager,
                     predictor.configuration_manager,
                     dict(item["data_properties"]),

@@ -35,13 +35,20 @@ def anomaly_suffix(host: str) -> str:
     return f"_anomaly_{normalize_name(host).replace(' ', '_')}.nii.gz"
 
 
+def prompt_suffix(host: str) -> str:
+    """What follows the case's name in the file name of a host's visual prompt."""
+    return f"_prompt_{normalize_name(host).replace(' ', '_')}.nii.gz"
+
+
 class ZePTPredictor(nnUNetPredictor):
     """`nnUNetPredictor` that can also write scores and anomaly maps.
 
     `save_scores`: CASE_scores.npz with `logits`, float16 (U, *), the tumors' logits within ±1000, in the axis order in
     which nnU-Net's own .npz holds probabilities, and `classes`, their U names.
     `save_anomaly_maps`: per host CASE_anomaly_HOST.nii.gz, float32, on the grid of the image; log-odds within ±1000
-    (for ZePTTrainerPaper the score of the paper, 0 to 1 within each patch).
+    (for ZePTTrainerPaper the score of the paper, 0 to 1 within each patch); and CASE_prompt_HOST.nii.gz, 0 or 1: where
+    an added tumor of that host may attend, at the finest scale of prompts, in more than half of the windows. No prompts
+    where the plans switch them off.
     Outside nnU-Net's nonzero crop both hold the lowest value.
     """
 
@@ -70,7 +77,9 @@ class ZePTPredictor(nnUNetPredictor):
     def _extra_files(self, truncated: str) -> list[str]:
         files = [truncated + SCORES_SUFFIX] if self.save_scores else []
         if self.save_anomaly_maps:
-            files += [truncated + anomaly_suffix(name) for name in self._scored().host_names]
+            scored = self._scored()
+            files += [truncated + anomaly_suffix(name) for name in scored.host_names]
+            files += [truncated + prompt_suffix(name) for name in scored.prompt_names]
         return files
 
     def _scored(self) -> _NetworkWithScores:
@@ -162,6 +171,7 @@ class ZePTPredictor(nnUNetPredictor):
                 self._item["ofile"],
                 scored.tumor_names,
                 scored.host_names,
+                scored.prompt_names,
                 self.plans_manager,
                 self.configuration_manager,
                 dict(self._item["data_properties"]),
@@ -179,7 +189,7 @@ class _NumChannels:
 
 
 class _NetworkWithScores(nn.Module):
-    """(B, C, *) → the network's logits, then its tumor logits, then its hosts' anomaly scores, as channels."""
+    """(B, C, *) → the network's logits, its tumor logits, its hosts' anomaly scores and visual prompts, as channels."""
 
     def __init__(self, network: Any, with_tumors: bool, with_anomaly: bool):
         super().__init__()
@@ -188,20 +198,23 @@ class _NetworkWithScores(nn.Module):
         hosts = sorted({i for indices in taxonomy.host_indices() for i in indices}) if with_anomaly else []
         self.host_indices = hosts
         self.host_names = tuple(taxonomy.organs[i].name for i in hosts)
+        self.prompt_names = self.host_names if network.self_prompting else ()
         self.tumor_names = tuple(t.name for t in taxonomy.tumors) if with_tumors else None
-        self.num_scores = len(self.tumor_names or ()) + len(hosts)
+        self.num_scores = len(self.tumor_names or ()) + len(hosts) + len(self.prompt_names)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The wrapped network's."""
         return self.network.load_state_dict(state_dict, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.network.forward_scores(x)
+        scores = self.network.forward_scores(x, with_prompts=bool(self.prompt_names))
         parts = [scores["logits"]]
         if self.tumor_names is not None:
             parts.append(scores["tumor_logits"])
         if self.host_indices:
             parts.append(scores["anomaly"][:, self.host_indices])
+        if self.prompt_names:
+            parts.append(scores["prompts"][:, self.host_indices])
         return torch.cat([p.to(parts[0].dtype) for p in parts], 1)
 
 
@@ -214,12 +227,13 @@ class ScoreExport:
     tumor_names: tuple[str, ...] | None
     """None: no score file."""
     host_names: tuple[str, ...]
+    prompt_names: tuple[str, ...]
     plans_manager: PlansManager
     configuration_manager: ConfigurationManager
     properties: dict[str, Any]
 
     def __call__(self, scores: np.ndarray) -> None:
-        """scores: (U + hosts, *), preprocessed grid."""
+        """scores: (U + hosts + prompts, *), preprocessed grid."""
         num_tumors = len(self.tumor_names or ())
         if self.tumor_names is not None:
             logits = self._to_native(scores[:num_tumors])
@@ -231,10 +245,13 @@ class ScoreExport:
                 classes=np.array(self.tumor_names, dtype=np.str_),
             )
             os.replace(partial, path)
-        for name, score in zip(self.host_names, scores[num_tumors:], strict=True):
-            path = Path(self.truncated + anomaly_suffix(name))
+        suffixes = [*map(anomaly_suffix, self.host_names), *map(prompt_suffix, self.prompt_names)]
+        for number, (suffix, score) in enumerate(zip(suffixes, scores[num_tumors:], strict=True)):
+            path = Path(self.truncated + suffix)
             partial = path.with_name(f"partial.{path.name}")
-            write_image(self._to_native(score[None])[0], partial, self.properties)
+            native = self._to_native(score[None])[0]
+            is_prompt = number >= len(self.host_names)
+            write_image((native > 0.5).astype(np.uint8) if is_prompt else native, partial, self.properties)
             os.replace(partial, path)
 
     def _to_native(self, scores: np.ndarray) -> np.ndarray:
@@ -259,14 +276,14 @@ class ScoreExport:
 
 
 def write_image(array: np.ndarray, path: Path, properties: Mapping[str, Any]) -> None:
-    """Write a float32 NIfTI with the geometry that nnU-Net's reader found in the case's image.
+    """Write a NIfTI with the geometry that nnU-Net's reader found in the case's image.
 
     Args:
-        array: (*,), three axes in nnU-Net's order.
+        array: (*,), three axes in nnU-Net's order; uint8 stays that, all else becomes float32.
         path: ends in .nii.gz.
         properties: the reader's; of SimpleITKIO, NibabelIO or NibabelIOWithReorient, else only the spacing is known.
     """
-    array = np.ascontiguousarray(array, dtype=np.float32)
+    array = np.ascontiguousarray(array, dtype=np.uint8 if array.dtype == np.uint8 else np.float32)
     if "nibabel_stuff" in properties:
         import nibabel
         from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform

@@ -176,18 +176,20 @@ class ZePT(nn.Module):
         features = self.decoder(self.encoder(x))
         if self.decoder.deep_supervision:
             return self._training_output(x, features)
-        healthy, tumor, _, _ = self._finest_maps(x, features)
+        healthy, tumor, *_ = self._finest_maps(x, features)
         return self._channels(healthy, tumor)
 
-    def forward_scores(self, x: Tensor) -> dict[str, Tensor]:
+    def forward_scores(self, x: Tensor, with_prompts: bool = False) -> dict[str, Tensor]:
         """Scores for ranking and for anomaly maps, in log-odds within ±1000.
 
         (B, C, *) → `tumor_logits` (B, U, *), `anomaly` and `support` (B, Q, *), and `logits` (B, heads, *), which are
-        what `forward` returns.
+        what `forward` returns. With prompts also `prompts` (B, Q, *), 0 or 1: where a tumor of that organ alone may
+        attend at the finest grouped scale.
         """
-        healthy, tumor, support, anomaly = self._finest_maps(x, self.decoder(self.encoder(x)))
+        healthy, tumor, support, anomaly, queries = self._finest_maps(x, self.decoder(self.encoder(x)))
         limit = LOGIT_LIMIT
-        return {
+        prompts = {"prompts": self._organ_prompts(queries, x.shape[2:])} if with_prompts else {}
+        return prompts | {
             "logits": self._channels(healthy, tumor),
             "tumor_logits": tumor.clamp(-limit, limit),
             "anomaly": anomaly.clamp(-limit, limit),
@@ -216,8 +218,8 @@ class ZePT(nn.Module):
         tumors = self._embed(queries.tumors, queries.tumors_given)
         return torch.cat((organs, tumors), 1), torch.cat((voxels, *(v[:, None] for v in of_hosts)), 1)
 
-    def _finest_maps(self, x: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """healthy, tumor, support, anomaly at the finest scale."""
+    def _finest_maps(self, x: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, _Queries]:
+        """healthy, tumor, support, anomaly at the finest scale, and the queries that they were made from."""
         queries = self._refine(x, features, self.hosts if self.predict_tumors else ())
         support, healthy = self._organ_maps(queries.organs, features, -1)
         score = self._score(support, healthy)
@@ -227,7 +229,7 @@ class ZePT(nn.Module):
             unlike = queries.unlike
             tumor, healthy = self._tumor_maps(queries.tumors, self.hosts, features, -1, support, healthy, score, unlike)
             score = score if unlike is None else deviation(support, unlike)
-        return healthy, tumor, support, score.expand_as(support)
+        return healthy, tumor, support, score.expand_as(support), queries
 
     def _training_output(self, x: Tensor, features: list[Tensor]) -> ZePTOutput:
         hosts = self.hosts + self.anomaly_hosts if self.stage == 2 else ()
@@ -285,20 +287,20 @@ class ZePT(nn.Module):
             coarse.append(self._organ_maps(q[:, : self.num_organs], features, scale))
         organs = q[:, : self.num_organs]
         if not hosts:
-            return _Queries(organs, organs_given, None, None, coarse, None)
+            return _Queries(organs, organs_given, None, None, coarse, None, None)
 
         tumors_given = tumors_given.expand(batch, -1, -1)
         t = tumors_given
         is_training_set = len(hosts) > self.num_tumors
         tumors_see = self.tumors_see_training if is_training_set else self.tumors_see
-        unlike = self._unlike(image, features, organs)
-        prompts = self._prompts(coarse, features, organs, unlike, hosts)
+        unlike, deviates = self._unlike(image, features, organs)
+        prompts = self._prompts(coarse, deviates, hosts)
         for i, layer in enumerate(self.advanced):
             scale = i % self.num_grouping
             t = layer(t, tokens[scale], prompts[scale], tumors_see)
         joint = self.joint(torch.cat((organs, t), 1), self.sees_training if is_training_set else self.sees)
         organs, t = joint.split((self.num_organs, len(hosts)), 1)
-        return _Queries(organs, organs_given, t, tumors_given, coarse, unlike)
+        return _Queries(organs, organs_given, t, tumors_given, coarse, unlike, deviates)
 
     def _given_queries(self, hosts: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
         """Queries before they have seen the image: (Q, D), and one (D) for each of `hosts`: (len(hosts), D)."""
@@ -334,42 +336,41 @@ class ZePT(nn.Module):
                 return support.new_zeros(support.shape[0], 1, *support.shape[2:])
             return minmax_score(healthy)
 
-    def _unlike(self, x: Tensor, features: list[Tensor], organs: Tensor) -> Tensor | None:
-        """Log-odds that a voxel is unlike the rest of an organ, per organ (B, Q, *); finest scale.
+    def _unlike(self, x: Tensor, features: list[Tensor], organs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Log-odds that a voxel is unlike the rest of an organ, per organ (B, Q, *), and that it also lies in it.
 
         The organs are those that grouping found: it comes before the tumor queries, which are prompted by it.
         """
         if self.relative is None:
-            return None
+            return None, None
         with torch.no_grad():
             support = self.support_heads[-1](organs, features[-1])
-        return self.relative(x, features[-1], support, organs)
+        unlike = self.relative(x, features[-1], support, organs)
+        return unlike, deviation(support, unlike.detach()) if self.relative_prompts else None
 
     @torch.no_grad()
     def _prompts(
-        self,
-        coarse: list[tuple[Tensor, Tensor]],
-        features: list[Tensor],
-        organs: Tensor,
-        unlike: Tensor | None,
-        hosts: tuple[tuple[int, ...], ...],
+        self, coarse: list[tuple[Tensor, Tensor]], deviates: Tensor | None, hosts: tuple[tuple[int, ...], ...]
     ) -> list[Tensor | None]:
-        """Of each grouping scale, where each tumor's query may attend: bool (B, U, V)."""
+        """Of each of these scales (support and healthy maps), where each query may attend: bool (B, len(hosts), V)."""
         if not self.self_prompting:
             return [None] * len(coarse)
-        finest = None
-        if self.relative_prompts:
-            assert unlike is not None
-            finest = deviation(self.support_heads[-1](organs, features[-1]), unlike)
         prompts: list[Tensor | None] = []
         for support, healthy in coarse:
-            score = self._score(support, healthy) if finest is None else shrink_to(finest, support.shape[2:])
+            score = self._score(support, healthy) if deviates is None else shrink_to(deviates, support.shape[2:])
             if self.score_per_organ:
                 args = support.flatten(2), score.flatten(2), hosts, self.prompt_threshold
                 prompts.append(calibrated_prompts(*args))
             else:
                 prompts.append(minmax_prompts(score.flatten(2), len(hosts), self.prompt_threshold))
         return prompts
+
+    def _organ_prompts(self, queries: _Queries, shape: Sequence[int]) -> Tensor:
+        """The prompt of a tumor of each organ at the finest grouped scale, 0 or 1, on the finest grid: (B, Q, *)."""
+        support = queries.coarse[-1][0]
+        prompt = self._prompts(queries.coarse[-1:], queries.deviates, tuple((i,) for i in range(self.num_organs)))[0]
+        coarse = torch.ones_like(support) if prompt is None else prompt.reshape(support.shape).to(support.dtype)
+        return nn.functional.interpolate(coarse, size=tuple(shape), mode="nearest")
 
     def _tumor_maps(
         self,
@@ -460,3 +461,4 @@ class _Queries(NamedTuple):
     tumors_given: Tensor | None
     coarse: list[tuple[Tensor, Tensor]]  # support and healthy maps of the grouping scales, coarse to fine
     unlike: Tensor | None  # (B, Q, *): the relative head's logits
+    deviates: Tensor | None  # (B, Q, *): in the organ that grouping found and unlike the rest of it, without gradient
