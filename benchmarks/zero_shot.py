@@ -4,9 +4,9 @@
 
 Every method gets the same data, plans, split and budget, and is judged by the same evaluation. Seeds are those of the
 training; the phantom is one (its version stands in its dataset.json). A run appends its figures to
-results/zero_shot.csv and is skipped when they are there; a killed run goes on where it stopped. Figures on the
-final-unseen types are left out unless --final asks for them, and then stand in results/zero_shot_final.csv: variants
-are chosen on the development-unseen type.
+results/zero_shot.csv (--results) and is skipped when they are there; a killed run goes on where it stopped. Figures on
+the final-unseen types are left out unless --final asks for them, and then stand in results/zero_shot_final.csv:
+variants are chosen on the development-unseen type.
 
 With --minutes every method trains for the same wall-clock time; with --epochs too, each trains twice, and the table
 holds both budgets side by side: equal iterations, equal wall-clock. Then --jobs must stay 1, or methods would take the
@@ -35,7 +35,6 @@ from zept_nnunet.commands.trainers_path import trainers_path
 from zept_nnunet.training.budget import training_minutes
 
 RESULTS = Path(__file__).parent / "results" / "zero_shot.csv"
-FINAL_RESULTS = RESULTS.with_name("zero_shot_final.csv")
 PHANTOM, SUPERVISED = 900, 901
 PLANNER, PLANS = "ZePTSmallPlanner", "ZePTSmallPlans"
 ZEPT_TRAINER = "ZePTTrainerBudget"
@@ -231,7 +230,7 @@ def minutes_of(workspace: Workspace, method: str, seed: int, plans: str = PLANS)
 def arguments(description: str | None, names: tuple[str, ...], kind: str) -> argparse.ArgumentParser:
     """Those that every comparison has; `kind` is what `names` are, "methods" or "variants"."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small", choices=("tiny", "small", "full"))
+    parser.add_argument("--size", default="small", choices=("tiny", "demo", "small", "full"))
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument(f"--{kind}", nargs="+", default=list(names), choices=names)
     parser.add_argument("--configuration", default="3d_fullres")
@@ -267,6 +266,7 @@ def parse(parser: argparse.ArgumentParser, both_budgets: bool = False) -> argpar
 def main() -> None:
     parser = arguments(__doc__, METHODS, "methods")
     parser.add_argument("--final", action="store_true", help="the final-unseen types too")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="CSV", help="figures of finished runs")
     args = parse(parser, both_budgets=True)
     tables = {}
     for budget in budgets(args):
@@ -294,9 +294,10 @@ def one_budget(workspace: Workspace) -> pd.DataFrame:
         workspace.train_and_predict(method, seed, dataset)
         return minutes_of(workspace, method, seed)
 
-    table = measure(workspace, dataset, args.methods, one, RESULTS)
+    table = measure(workspace, dataset, args.methods, one, args.results)
     if args.final:
-        table = pd.concat([table, measure(workspace, dataset, args.methods, one, FINAL_RESULTS, final=True)])
+        results = args.results.with_name(f"{args.results.stem}_final.csv")
+        table = pd.concat([table, measure(workspace, dataset, args.methods, one, results, final=True)])
     return table
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Workspace
-from zept_nnunet.datasets.demo_ct import write_demo_dataset
+from tests.small_ct import write_demo_dataset
 
 TINY = (24, 32, 32)
 

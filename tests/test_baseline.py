@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
+from tests.small_ct import write_demo_dataset
 from zept_nnunet.commands import baseline
 from zept_nnunet.commands.baseline import RECIPES, RECORD
-from zept_nnunet.datasets.demo_ct import write_demo_dataset
 from zept_nnunet.errors import ZePTError
 
 FULLRES = {"architecture": {}}

@@ -130,8 +130,8 @@ def test_equal_iterations_and_equal_wall_clock_stand_side_by_side(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = "zero_shot.py --methods any_tumor zept --seeds 2 --epochs 3 --iterations 250 --minutes 10 --device cpu"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--workspace", str(tmp_path)])
-    monkeypatch.setattr(script, "RESULTS", tmp_path / "results.csv")
+    results = str(tmp_path / "results.csv")
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--workspace", str(tmp_path), "--results", results])
     monkeypatch.setattr(script.Workspace, "prepare", lambda self: tmp_path)
     (tmp_path / "dataset.json").write_text(json.dumps({"zept_phantom": {"version": 2, "final_unseen": ["none"]}}))
     runs: list[tuple[str, str, int]] = []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from zept_nnunet.datasets.demo_ct import LABELS, write_demo_dataset
+from tests.small_ct import LABELS, write_demo_dataset
 from zept_nnunet.datasets.derived import ANY_TUMOR, KEY, Source, derive_dataset, derived_labels, read_derived, relabel
 from zept_nnunet.errors import ZePTError
 

@@ -11,8 +11,8 @@ import SimpleITK as sitk
 
 from tests.commands import Workspace
 from tests.conftest import make_dataset, read_json
+from tests.small_ct import LABELS, demo_dataset_json
 from zept_nnunet.commands.baseline import RECIPES, RECORD
-from zept_nnunet.datasets.demo_ct import LABELS, demo_dataset_json
 
 pytestmark = pytest.mark.slow
 

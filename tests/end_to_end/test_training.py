@@ -12,7 +12,7 @@ import torch
 
 from tests.commands import Workspace
 from tests.conftest import make_dataset, read_json
-from zept_nnunet.datasets.demo_ct import write_demo_dataset
+from tests.small_ct import write_demo_dataset
 
 pytestmark = pytest.mark.slow
 

@@ -54,8 +54,11 @@ def test_prompts_of_organs_are_those_of_a_tumor_in_each(network: ZePT, image: to
     assert prompts.shape == scores["support"].shape and set(prompts.unique().tolist()) <= {0, 1}
     assert prompts.flatten(2).any(-1).all()  # never an empty row
     features = network.decoder(network.encoder(image))
-    support, healthy = network._refine(features, network.hosts).coarse[-1]
-    used = network._prompts(support, healthy, ((1,),)).reshape(-1, *support.shape[2:])
+    queries = network._refine(image, features, network.hosts)
+    support = queries.coarse[-1][0]
+    (prompt,) = network._prompts(queries.coarse[-1:], queries.deviates, ((1,),))
+    assert prompt is not None
+    used = prompt.reshape(-1, *support.shape[2:])
     step = [a // b for a, b in zip(image.shape[2:], support.shape[2:], strict=True)]
     assert torch.equal(prompts[:, 1][(slice(None), *(slice(None, None, s) for s in step))], used.float())
 

@@ -12,9 +12,9 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from tests.small_ct import write_demo_dataset
 from tests.small_plans import DATASET_JSON, make_plans
 from zept_nnunet.commands import plan as command
-from zept_nnunet.datasets.demo_ct import write_demo_dataset
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.losses import ZePTLoss
 from zept_nnunet.network.zept import ZePT

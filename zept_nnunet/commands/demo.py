@@ -1,4 +1,4 @@
-"""``zept demo``: the whole way from a raw dataset to a picture, through the commands that an nnU-Net user types.
+"""``zept demo``: the whole way from a raw dataset to a page that compares two methods, by commands that a user types.
 
 Each command is printed before it runs, so that what scrolls by can be repeated on one's own dataset.
 """
@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from zept_nnunet.datasets.demo_ct import SEEN_HOSTS, UNSEEN_TUMOR, write_demo_dataset
+from zept_nnunet.commands.trainers_path import trainers_path
 from zept_nnunet.errors import ZePTError
 
 DATASET_ID = 900
-CONFIGURATION = "3d_fullres"
-ZEPT_TRAINER, STOCK_TRAINER = "ZePTTrainerDemo", "nnUNetTrainerDemo"
+CONFIGURATION, FOLD = "3d_fullres", "0"
+PLANNER, PLANS = "ZePTSmallPlanner", "ZePTSmallPlans"
+TRAINER = "ZePTTrainerBudget"
+BASELINE = "any_tumor_plus"
+EPOCHS, ITERATIONS = 12, 100
+FP_RATE = "1"  # per healthy scan: as in the columns of the table that match it
+SIZES = ("tiny", "demo", "small")
+TUMORS = ("liver tumor", "kidney tumor", "spleen tumor")
+"""Shown in the page: the seen types and the development-unseen one. Others stay closed until the method is final."""
 MARKER = "zept_demo.json"  # stands in every folder that this command made, and in no other
-OWN_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "predictions")
-PICTURE = "demo.png"
+OWN_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "predictions", "evaluation")
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -38,37 +44,24 @@ class Step:
     variables: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class DemoPaths:
-    """Where everything of one demo stands; nothing is written outside ``folder``."""
-
-    folder: Path
-    dataset: Path
-    trained_model: Path
-    model: Path  # the one that predicts: with the unseen tumor added, or the trained one for the stock trainer
-    predictions: Path
-
-
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``zept demo`` to the command line."""
     parser = subparsers.add_parser(
         "demo",
-        help="make a small synthetic CT dataset, train on it, add an unseen tumor, predict, evaluate, draw",
-        description="Runs the stock nnU-Net commands on a small synthetic CT dataset, each printed before it runs. "
-        "About 10 minutes on two CPU cores. Synthetic images: this shows that everything works together, no accuracy.",
+        help="make a synthetic CT dataset, train, add an unseen tumor, predict, compare with a baseline: report.html",
+        description="Runs nnU-Net's and this package's commands on a small CT phantom, each printed before it runs: "
+        "ZePT and any-tumor nnU-Net with the same synthetic anomalies, side by side. About 15 minutes on two cores. "
+        "Synthetic images and a short training: how it works, not how accurate it is on patients.",
     )
     parser.add_argument("-o", "--output", default="zept_demo", help="folder for everything (default: ./zept_demo)")
-    parser.add_argument(
-        "-tr",
-        "--trainer",
-        default=ZEPT_TRAINER,
-        choices=(ZEPT_TRAINER, STOCK_TRAINER),
-        help="the second one is nnU-Net's own at the same budget, for comparison; nothing is added to it",
-    )
     parser.add_argument("-device", default="cpu", choices=("cpu", "cuda", "mps"), help="as for nnU-Net (default: cpu)")
-    parser.add_argument("--epochs", type=positive_int, help="train this many epochs")
-    parser.add_argument("--iterations", type=positive_int, help="train this many iterations an epoch")
-    parser.add_argument("--seed", type=int, default=0, help="of the dataset (default: 0)")
+    parser.add_argument("--size", default="demo", choices=SIZES, help="of the phantom (default: demo)")
+    parser.add_argument("--epochs", type=positive_int, default=EPOCHS, help=f"of each training (default: {EPOCHS})")
+    parser.add_argument("--iterations", type=positive_int, default=ITERATIONS, help=f"an epoch (default: {ITERATIONS})")
+    parser.add_argument("--seed", type=int, default=0, help="of the dataset and the trainings (default: 0)")
+    parser.add_argument(
+        "--results", nargs="+", default=[], metavar="CSV", help="tables of benchmarks/zero_shot.py: more rows"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in the folder")
     parser.set_defaults(func=run)
 
@@ -80,116 +73,108 @@ def run(args: argparse.Namespace) -> int:
         ZePTError: where the folder cannot be used, or a step fails.
     """
     started = time.monotonic()
+    missing = [path for path in args.results if not Path(path).is_file()]
+    if missing:
+        raise ZePTError(f"--results {missing[0]} is no file; give a table that benchmarks/zero_shot.py has written")
     folder = Path(args.output).resolve()
     _prepare_folder(folder, overwrite=args.overwrite)
-    variables = demo_environment(folder, args.epochs, args.iterations)
+    variables = demo_environment(folder, args.epochs, args.iterations, args.seed)
     print("Synthetic CT, for demonstration only: research use, not a medical device.\n")
-    print("Variables that nnU-Net reads, as set for the commands below:")
+    print("Variables that nnU-Net and its trainers read, as set for the commands below:")
     for name, value in variables.items():
         print(f"  export {name}={shlex.quote(value)}")
-
-    print(
-        f"\nThe dataset: 20 training and 4 test cases; {UNSEEN_TUMOR!r} stands in no training image or label.",
-        flush=True,
-    )
-    write_demo_dataset(folder / "nnUNet_raw", DATASET_ID, seed=args.seed)
-    paths = demo_paths(folder, args.trainer)
-    steps = demo_steps(paths, args.trainer, args.device)
+    steps = demo_steps(folder, args.size, args.seed, args.device, [str(Path(path).resolve()) for path in args.results])
     environment = os.environ | variables | {"PYTHONUNBUFFERED": "1"}
     for number, step in enumerate(steps, start=1):
         run_step(step, f"[{number}/{len(steps)}]", environment, started)
-
-    dataset_json = json.loads((paths.model / "dataset.json").read_text(encoding="utf-8"))
-    trained = json.loads((paths.dataset / "dataset.json").read_text(encoding="utf-8"))["labels"]
-    classes = {name: int(value) for name, value in dataset_json["labels"].items() if name != "background"}
-    unseen = {name for name in classes if name not in trained}
-    summary = json.loads((paths.predictions / "summary.json").read_text(encoding="utf-8"))
-    print("\n" + dice_table(summary, classes, unseen))
-    _draw(paths, classes, unseen)
     minutes = (time.monotonic() - started) / 60
-    print(f"\nPicture: {folder / PICTURE}\nModel:   {paths.model}\nDone in {minutes:.1f} minutes.")
+    print(f"\nPage:  {folder / REPORT}\nModel: {model_folder(folder, added=True)}\nDone in {minutes:.1f} minutes.")
     return 0
 
 
-def demo_environment(folder: Path, epochs: int | None = None, iterations: int | None = None) -> dict[str, str]:
+def demo_environment(folder: Path, epochs: int, iterations: int, seed: int) -> dict[str, str]:
     """Environment variables that the demo sets for its commands, all paths inside ``folder``.
 
     One worker each: on two cores a second one only takes time from the network. ``OMP_NUM_THREADS`` holds for the
     workers; with ``-device cpu`` nnU-Net gives all cores to the network by itself. Threads that wait sleep instead of
     spinning, or they take the cores from whatever else runs on the machine.
     """
-    package = Path(__file__).resolve().parent.parent
     variables = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    variables["nnUNet_extTrainer"] = str(package / "datasets" / "demo_trainers")
+    variables["nnUNet_extTrainer"] = str(trainers_path())
     variables |= {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
     variables |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    if epochs is not None:
-        variables["ZEPT_DEMO_EPOCHS"] = str(epochs)
-    if iterations is not None:
-        variables["ZEPT_DEMO_ITERATIONS"] = str(iterations)
-    return variables
+    return variables | {"ZEPT_EPOCHS": str(epochs), "ZEPT_ITERATIONS": str(iterations), "ZEPT_SEED": str(seed)}
 
 
-def demo_paths(folder: Path, trainer: str) -> DemoPaths:
-    """Where nnU-Net and ``zept add-tumor`` put what the demo makes."""
-    name = f"Dataset{DATASET_ID:03d}_ZePTDemo"
-    results = folder / "nnUNet_results" / name
-    trained = results / f"{trainer}__nnUNetPlans__{CONFIGURATION}"
-    plus = results / f"{trainer}__nnUNetPlans_plus__{CONFIGURATION}"
-    model = plus if trainer == ZEPT_TRAINER else trained
-    return DemoPaths(folder, folder / "nnUNet_raw" / name, trained, model, folder / "predictions")
+def model_folder(folder: Path, added: bool) -> Path:
+    """Where nnU-Net puts the trained model, and ``zept add-tumor`` the one with the unseen tumors."""
+    name = f"{TRAINER}__{PLANS}{'_plus' if added else ''}__{CONFIGURATION}"
+    return folder / "nnUNet_results" / f"Dataset{DATASET_ID:03d}_ZePTPhantom" / name
 
 
-def demo_steps(paths: DemoPaths, trainer: str, device: str) -> list[Step]:
-    """The commands, in order; ``zept add-tumor`` only where the trainer is ours."""
-    dataset, plans = str(DATASET_ID), paths.model.name.split("__")[1]
-    references, predictions = str(paths.dataset / "labelsTs"), str(paths.predictions)
-    plan = ("nnUNetv2_plan_and_preprocess", "-d", dataset, "-c", CONFIGURATION, "-np", "1", "-npfp", "1")
-    train = ("nnUNetv2_train", dataset, CONFIGURATION, "0", "-tr", trainer, "-device", device)
-    # A batch takes milliseconds to augment, and workers would take the cores from the network. Planning needs one.
-    augment_in_process = (("nnUNet_n_proc_DA", "0"),)
-    add = ("zept", "add-tumor", str(paths.trained_model), "--declared")
-    which = ("-d", dataset, "-c", CONFIGURATION, "-tr", trainer, "-p", plans, "-f", "0")
-    where = ("-i", str(paths.dataset / "imagesTs"), "-o", predictions)
-    how = ("--disable_tta", "-device", device, "-npp", "1", "-nps", "1")
-    classes = ("-djfile", str(paths.model / "dataset.json"), "-pfile", str(paths.model / "plans.json"))
+def demo_steps(folder: Path, size: str, seed: int, device: str, results: list[str]) -> list[Step]:
+    """The commands, in order."""
+    dataset, model = str(DATASET_ID), str(model_folder(folder, added=True))
+    images = str(folder / "nnUNet_raw" / f"Dataset{DATASET_ID:03d}_ZePTPhantom" / "imagesTs")
+    predictions, evaluation = folder / "predictions", folder / "evaluation"
+    fast = ("--disable_tta", "-device", device)
+    workers = ("-npp", "1", "-nps", "1")
     steps = [
-        Step("plan and preprocess", (*plan, "--verify_dataset_integrity")),
-        Step("train one fold (the long step)", train, augment_in_process),
-        Step(f"add the tumor that training never saw ({UNSEEN_TUMOR})", add),
-        Step("predict the test images", ("nnUNetv2_predict", *which, *where, *how)),
         Step(
-            "compare with the references",
-            ("nnUNetv2_evaluate_folder", references, predictions, *classes, "-np", "1"),
+            "make the dataset; tumors of spleen, pancreas and stomach stand in no training image or label",
+            ("zept", "phantom", "-d", dataset, "--size", size, "--seed", str(seed)),
         ),
-    ]
-    return [step for step in steps if trainer == ZEPT_TRAINER or step.command != add]
-
-
-def dice_table(summary: Mapping[str, object], classes: Mapping[str, int], unseen: Collection[str]) -> str:
-    """Mean Dice per class from nnU-Net's ``summary.json``, unseen classes marked; '-' where no case gives one."""
-    mean = summary["mean"]
-    if not isinstance(mean, Mapping):
-        raise ZePTError("Wanted per-class means under 'mean' in summary.json. Write it with nnUNetv2_evaluate_folder.")
-    width = max(len(name) for name in classes)
-    lines = [f"{'class':<{width}}  {'in training':<11}  Dice", f"{'-' * width}  {'-' * 11}  -----"]
-    for name, value in classes.items():
-        dice = float(mean[str(value)]["Dice"])
-        shown = "-" if math.isnan(dice) else f"{dice:.3f}"
-        lines.append(f"{name:<{width}}  {'UNSEEN' if name in unseen else 'seen':<11}  {shown}")
-    return "\n".join(lines)
-
-
-def _draw(paths: DemoPaths, classes: Mapping[str, int], unseen: Collection[str]) -> None:
-    from zept_nnunet.evaluation.picture import draw_picture, largest_tumor_slices  # matplotlib takes a second to import
-
-    tumors = {name: value for name, value in classes.items() if name in SEEN_HOSTS or name in unseen}
-    rows = largest_tumor_slices(paths.dataset / "imagesTs", paths.dataset / "labelsTs", paths.predictions, tumors)
-    title = f"Synthetic CT, held-out cases, {paths.model.name.split('__')[0]}"
-    draw_picture(rows, classes, unseen, paths.folder / PICTURE, title=title)
+        Step(
+            "plan and preprocess, with a preset for CPUs",
+            ("zept", "plan", "-d", dataset, "-pl", PLANNER, "-c", CONFIGURATION, "-np", "1", "-npfp", "1",
+             "--verify_dataset_integrity"),
+        ),
+        Step(
+            "train one fold (a long step)",
+            ("nnUNetv2_train", dataset, CONFIGURATION, FOLD, "-tr", TRAINER, "-p", PLANS, "-device", device),
+        ),
+        Step("add the tumors that training never saw", ("zept", "add-tumor", str(model_folder(folder, False)),
+                                                        "--declared")),
+        Step(
+            "choose each tumor's threshold on the cases that the fold held out",
+            ("zept", "calibrate", model, "-f", FOLD, "--rate", FP_RATE, *fast, *workers),
+        ),
+        Step(
+            "predict the test images",
+            ("zept", "predict", "-m", model, "-f", FOLD, "-i", images, "-o", str(predictions / "zept"),
+             "--save_scores", "--save_anomaly_maps", *fast, *workers),
+        ),
+        Step(
+            "the same for any-tumor nnU-Net, given the same synthetic anomalies (a long step)",
+            ("zept", "baseline", BASELINE, "-d", dataset, "-i", images, "-o", str(predictions / BASELINE), "-c",
+             CONFIGURATION, "-p", PLANS, "-np", "1", *fast),
+        ),
+    ]  # fmt: skip
+    for name in ("zept", BASELINE):
+        where = ("-i", str(predictions / name), "-o", str(evaluation / name))
+        steps.append(
+            Step(
+                f"compare {name} with the references", ("zept", "evaluate", "-d", dataset, *where, "--bootstrap", "200")
+            )
+        )
+    methods = [f"{name}={evaluation / name}:{predictions / name}" for name in ("zept", BASELINE)]
+    flags = [word for method in methods for word in ("--method", method)]
+    flags += ["--results", *results] if results else []
+    steps.append(
+        Step(
+            "make the page",
+            ("zept", "report", "-d", dataset, "-o", str(folder / REPORT), *flags, "--classes", *TUMORS),
+        )
+    )
+    return steps
 
 
 def run_step(step: Step, counter: str, environment: Mapping[str, str], started: float) -> None:
+    """Print the command, run it.
+
+    Raises:
+        ZePTError: it cannot start, or ends with an error.
+    """
     elapsed = time.monotonic() - started
     shown = " ".join([*(f"{name}={value}" for name, value in step.variables), shlex.join(step.command)])
     print(f"\n=== {counter} {step.purpose} ({elapsed:.0f} s since the start)\n$ {shown}\n", flush=True)
@@ -225,13 +210,14 @@ def _prepare_folder(folder: Path, *, overwrite: bool) -> None:
             raise ZePTError(f"{folder} holds an earlier demo. Replace it with --overwrite, or choose another with -o.")
         for name in OWN_FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / PICTURE).unlink(missing_ok=True)
+        (folder / REPORT).unlink(missing_ok=True)
     for name in OWN_FOLDERS[:3]:
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / MARKER).write_text(json.dumps({"made_by": "zept demo"}) + "\n", encoding="utf-8")
 
 
 def positive_int(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, got {text}")

@@ -19,7 +19,10 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("-d", metavar="ID", type=int, required=True, help="dataset ID, 1 to 999")
     parser.add_argument(
-        "--size", default="small", choices=("tiny", "small", "full"), help="tests, CPU, real spacing (default: small)"
+        "--size",
+        default="small",
+        choices=("tiny", "demo", "small", "full"),
+        help="for tests, for zept demo, for a CPU, with real spacing (default: small)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random generator (default: 0)")
     parser.add_argument(

@@ -82,6 +82,9 @@ SIZES: Mapping[str, Size] = {
     "small": Size(
         (24, 48, 64), Range(7.0, 8.0, "mm", "chosen"), _WIDTH, (3, 2, 2), NOISE_OF_LARGE_VOXELS_HU, 150, 128, 2.5
     ),
+    "demo": Size(
+        (24, 48, 64), Range(7.0, 8.0, "mm", "chosen"), _WIDTH, (3, 2, 2), NOISE_OF_LARGE_VOXELS_HU, 50, 32, 2.5
+    ),
     "full": Size((64, 160, 208), Range(2.6, 3.0, "mm", "routine abdomen"), _WIDTH, (2, 2, 2), NOISE_HU, 40, 64, 2.0),
 }
 

@@ -1,4 +1,4 @@
-"""A small synthetic CT dataset in nnU-Net's raw format, for the demo and the tests.
+"""A small synthetic CT dataset in nnU-Net's raw format, for tests.
 
 Every case is the same rough abdomen (an elliptic body with a fat shell, a muscle ring, spine and bowel; liver, spleen,
 two kidneys and a pancreas) in another pose, size and contrast, with tumors in it. Organs and tumors are ellipsoids:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from zept_nnunet.datasets.demo_ct import (
+from tests.small_ct import (
     FIELD_OF_VIEW_MM,
     LABEL_VARIANTS,
     LABELS,

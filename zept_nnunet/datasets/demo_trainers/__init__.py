@@ -1,1 +1,0 @@
-"""The folder that the demo puts on nnUNet_extTrainer."""
