@@ -26,7 +26,6 @@ _SHARED = {
     "advanced_layers": 4,
     "grouping": True,  # False: organ queries attend to the image, and no voxel is assigned to one
     "self_prompting": True,  # False: tumor queries attend to the whole patch
-    "score_in_maps": True,  # False: the score serves the prompts alone
 }
 DECODER_SETTINGS: dict[str, dict[str, Any]] = {
     # ours: queries from knowledge, background queries, supervised calibrated score per host
@@ -38,6 +37,7 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
         "score_range": "organ",  # or "patch": min-max over the patch, one map for all tumors
         "prompt_probability": 0.2,
         "relative": True,  # compare each voxel with its own organ
+        "score_in_maps": False,  # that of the organs' maps is evidence in the tumor maps too
         "prompts": "relative",  # from that comparison, or "organs": from the score of the organs' maps
     },
     # as the authors compute it: learned queries, one min-max normalized score for all tumors
@@ -49,6 +49,7 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
         "score_range": "patch",
         "prompt_probability": 0.5,
         "relative": False,
+        "score_in_maps": True,
         "prompts": "organs",
     },
 }
@@ -60,12 +61,12 @@ _TRAINING = {
     "warmup_iterations": 0,  # over which the learning rate rises from zero
     "weight_decay": 1e-2,  # none on norms, biases and tokens
     "gradient_norm": 12.0,  # at which gradients are clipped; nnU-Net's
-    "stage_one_share": 0.5,  # of the training, before tumors enter
     "unlabeled_host_weight": 1.0,  # of voxels of an organ with synthetic anomalies that are none: 0 tells nothing
 }
 TRAINING_SETTINGS: dict[str, dict[str, Any]] = {
-    "zept": {**_TRAINING, "synthetic_anomalies": True, "organs_include_tumors": False},
-    "paper": {**_TRAINING, "synthetic_anomalies": False, "organs_include_tumors": True},
+    # stage_one_share: of the training, before tumors enter
+    "zept": {**_TRAINING, "stage_one_share": 0.2, "synthetic_anomalies": True, "organs_include_tumors": False},
+    "paper": {**_TRAINING, "stage_one_share": 0.5, "synthetic_anomalies": False, "organs_include_tumors": True},
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "queries": ("generated", "learned"),

@@ -213,7 +213,7 @@ def tumor_maps(
             if unlike is not None:
                 weight, deviates = unlike
                 hint = sum(sigmoid(support[i, v]) * deviates[i, v] for i in its)
-                z[k, v] += weight * min(max(hint, -SCORE_LIMIT), SCORE_LIMIT)
+                z[k, v] += weight * hint
             z[k, v] = conjunction(union([support[i, v] for i in its]), z[k, v])
     return z
 

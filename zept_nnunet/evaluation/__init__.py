@@ -1,1 +1,1 @@
-"""What a prediction is worth: figures and pictures from files in nnU-Net's layout."""
+"""What a prediction is worth: figures, curves and pages from files in nnU-Net's layout."""

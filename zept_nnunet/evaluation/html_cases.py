@@ -18,10 +18,10 @@ from scipy import ndimage  # type: ignore[import-untyped]
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.evaluation.classes import FILE_ENDINGS
 from zept_nnunet.evaluation.html_methods import Method, TumorClass
-from zept_nnunet.evaluation.picture import WINDOW_HU
 
 # One for each class of the page: Okabe and Ito's, told apart by the color-blind
 CLASS_COLORS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0))
+WINDOW_HU = (-160.0, 240.0)
 SCORE_LIMIT = 4.0  # log-odds at which the anomaly map is fully dark or bright
 _SCORE_COLORS = "inferno"
 _OPACITY = 0.55

@@ -32,7 +32,7 @@ from zept_nnunet.network.self_prompting import (
 from zept_nnunet.plans_block import fingerprint, thresholds_of
 from zept_nnunet.taxonomy import Taxonomy
 
-_SCORE_LIMIT = 8.0  # the score is a hint for the tumor maps: it must not outvote them without bound
+_SCORE_LIMIT = 8.0  # of the score of the organs' maps; that of the relative head ranks healthy tissue far below it
 
 
 def deviation(support: Tensor, unlike: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class ZePT(nn.Module):
         if settings["relative"]:
             spacing = configuration.spacing[-len(configuration.patch_size) :]
             self.relative = build_relative_head(spacing, channels[-1], num_input_channels, noise, query_width=width)
-            self.deviation_weight = nn.Parameter(torch.tensor(0.5))  # softplus: 0.97
+            self.deviation_weight = nn.Parameter(torch.tensor(1.85))  # softplus: 2.0
 
         # alignment
         self.to_knowledge = nn.Linear(width, bank.width)
@@ -396,6 +396,8 @@ class ZePT(nn.Module):
         hints: list[tuple[Tensor, Sequence[Tensor | None]]] = []
         if self.score_in_maps:
             per_tumor = over_hosts(score, hosts) if self.score_per_organ else [score[:, 0]] * len(hosts)
+            limit = _SCORE_LIMIT
+            per_tumor = [None if s is None else s.clamp(-limit, limit) for s in per_tumor]
             hints.append((nn.functional.softplus(self.score_weight), per_tumor))
         if unlike is not None:
             hints.append((nn.functional.softplus(self.deviation_weight), inside_hosts(support, unlike, hosts)))
@@ -408,7 +410,7 @@ class ZePT(nn.Module):
             for weight, of_hosts in hints:
                 hint = of_hosts[k]
                 assert hint is not None  # as in_host is not
-                evidence = evidence + weight * hint.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
+                evidence = evidence + weight * hint
             maps.append(conjunction(in_host.to(evidence.dtype), evidence))
         return torch.stack(maps, 1), healthy
 

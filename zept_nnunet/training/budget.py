@@ -172,7 +172,7 @@ class _ScheduleOverTime:
 
 
 class _BudgetedZePT(Budgeted, ZePTTrainer):
-    """Both stages share the time as they share the epochs: half each."""
+    """Both stages share the time as they share the epochs."""
 
     def stage_at(self, epoch: int, iteration: int) -> int:
         """By time where the budget is a time: 1 in epochs that begin before half of it."""

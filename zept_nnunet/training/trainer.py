@@ -47,7 +47,7 @@ BETAS = (0.9, 0.99)
 
 
 class ZePTTrainer(KeepsSides):
-    """Stage I for the first half of the epochs, stage II for the second."""
+    """Stage I for the first fifth of the epochs (`stage_one_share`), stage II for the rest."""
 
     variant = "zept"
     """Which decoder settings the model gets: ours, or "paper"."""
@@ -194,7 +194,7 @@ class ZePTTrainer(KeepsSides):
 
     # ------------------------------------------------------------------------------------------------ stages
     def stage_at(self, epoch: int, iteration: int) -> int:
-        """1 or 2. The switch is at half of the epochs (`stage_one_share`), of one epoch at half of its iterations."""
+        """1 or 2. The switch is after `stage_one_share` of the epochs, or of one epoch's iterations."""
         if self.fixed_stage is not None:
             return self.fixed_stage
         if not self.taxonomy.organs:

@@ -74,7 +74,7 @@ class _Short(ZePTTrainer):
 
 
 class ZePTTrainer_1epoch(_Short):
-    """One epoch; the stages change at half of its iterations."""
+    """One epoch; the stages change within it."""
 
 
 class ZePTTrainer_5epochs(_Short):
