@@ -336,7 +336,7 @@ def zept(
             healthy[scale] = np.array([z - score if i in owners else z for i, z in enumerate(healthy[scale])])
             continue
         score = calibrated_score(support[scale], healthy[scale])
-        hints = [(softplus(network.score_weight.item()), score)]
+        hints = [(softplus(network.score_weight.item()), score)] if network.score_in_maps else []
         relative = None
         if unlike is not None and scale == len(features) - 1:
             deviation = calibrated_score(support[scale], -unlike)  # in the organ, and unlike the rest of it

@@ -151,6 +151,7 @@ def watch(module: torch.nn.Module, seen: list[Any], read: Callable[[tuple[Any, .
 def grown(dimensions: int) -> ZePT:
     """Two tumors of the training and one that was added; the kidneys share a tumor."""
     block = add_tumor_to_block(narrow_block(), "spleen tumor", ("spleen",), 7)
+    block["decoder"]["score_in_maps"] = True
     return randomize(make_network(dimensions, block={**block, "anomalies": {}})).eval()
 
 

@@ -66,13 +66,13 @@ def test_without_self_prompting_tumor_queries_attend_everywhere(dimensions: int,
     assert equal(a.support[-2:], b.support[-2:])  # made before tumor queries are looked at
 
 
-def test_without_the_score_tumor_maps_lose_that_hint_alone(dimensions: int, image: torch.Tensor) -> None:
-    networks = pair(dimensions, score_in_maps=False)
+def test_with_the_score_of_the_organs_tumor_maps_gain_that_hint_alone(dimensions: int, image: torch.Tensor) -> None:
+    networks = pair(dimensions, score_in_maps=True)
     a, b = outputs(networks, image)
     assert equal(a.support, b.support) and equal(a.healthy, b.healthy) and torch.equal(a.deviation, b.deviation)
     assert torch.equal(a.tumor_embedding, b.tumor_embedding) and not equal(a.tumor, b.tumor)
     with torch.no_grad():  # softplus(−40) is nothing: the maps without the hint are those with a weight of 0
-        networks[0].score_weight.fill_(-40)
+        networks[1].score_weight.fill_(-40)
     a, b = outputs(networks, image)
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a.tumor, b.tumor, strict=True))
 
