@@ -249,7 +249,7 @@ def test_a_gradient_reaches_every_parameter_that_the_stage_trains_and_no_other(
     found, moved = gradients(trainer, stage)
     network = trainer._zept()
     advanced = advanced_names(network)
-    assert {"score_weight", "deviation_weight", "host_to_tumor.weight", "joint.norm.weight"} <= advanced
+    assert {"deviation_weight", "host_to_tumor.weight", "joint.norm.weight"} <= advanced
     assert not {n for n in advanced if n.startswith(("encoder.", "decoder.", "grouping.", "support_heads."))}
     trained = set(found) - advanced if stage == 1 else set(found)
     assert {n for n in trained if found[n] is None} == set()
@@ -307,5 +307,5 @@ def test_the_authors_loss_leaves_their_coarse_maps_untrained(
     advanced = advanced_names(network)
     untrained = {n for n, g in found.items() if not has_gradient(g) and not is_constant(n)}
     coarse = {n for n in found if n.startswith(("support_heads.", "tumor_heads.")) and n.split(".")[1] in "01"}
-    wanted = coarse | {"score_weight", "background_queries"} | (advanced if stage == 1 else set())
+    wanted = coarse | {"background_queries"} | (advanced if stage == 1 else set())
     assert untrained == {n for n in wanted if not is_constant(n)}

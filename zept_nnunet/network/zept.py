@@ -158,7 +158,9 @@ class ZePT(nn.Module):
         self.support_heads = nn.ModuleList(MaskHead(width, c, scaled) for c in channels)
         self.healthy_heads = nn.ModuleList(MaskHead(width, c, scaled) for c in (channels if scaled else []))
         self.tumor_heads = nn.ModuleList(MaskHead(width, c, scaled) for c in channels)
-        self.score_weight = nn.Parameter(torch.tensor(-1.0))  # softplus: 0.31
+        self.score_weight: nn.Parameter | None = None
+        if scaled and self.score_in_maps:
+            self.score_weight = nn.Parameter(torch.tensor(-1.0))  # softplus: 0.31
         self.relative: RelativeHead | None = None
         if settings["relative"]:
             spacing = configuration.spacing[-len(configuration.patch_size) :]
@@ -394,7 +396,7 @@ class ZePT(nn.Module):
             )
             return a + score, healthy - score * owns.view(1, -1, *[1] * (a.ndim - 2))
         hints: list[tuple[Tensor, Sequence[Tensor | None]]] = []
-        if self.score_in_maps:
+        if self.score_weight is not None:
             per_tumor = over_hosts(score, hosts) if self.score_per_organ else [score[:, 0]] * len(hosts)
             limit = _SCORE_LIMIT
             per_tumor = [None if s is None else s.clamp(-limit, limit) for s in per_tumor]
@@ -423,7 +425,7 @@ class ZePT(nn.Module):
         backbone = ("encoder.", "decoder.stages", "decoder.transpconvs")
         return sum(
             (p.sum() * 0 for n, p in self.named_parameters() if not n.startswith(backbone)),
-            start=self.score_weight.new_zeros(()),
+            start=self.log_temperature.new_zeros(()),
         )
 
     # ------------------------------------------------------------------------------------------------ training
@@ -449,7 +451,7 @@ class ZePT(nn.Module):
         modules: list[nn.Module] = [self.advanced, self.joint, self.tumor_heads]
         if not self.is_learned:
             modules += [self.tumor_queries, self.host_to_tumor]
-        single = [self.score_weight]
+        single = [] if self.score_weight is None else [self.score_weight]
         if self.relative is not None:
             modules.append(self.relative)
             single.append(self.deviation_weight)
