@@ -252,7 +252,7 @@ def test_nifti_header_says_synthetic(plain: Path) -> None:
     ("arguments", "message"),
     [
         ((0, "tiny", 0), "1 to 999"),
-        ((910, "huge", 0), "tiny, small, full"),
+        ((910, "huge", 0), "tiny, demo, small, full"),
         ((910, "tiny", -1), "seed"),
     ],
 )

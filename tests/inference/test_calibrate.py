@@ -82,8 +82,8 @@ def test_the_stock_predictor_reports_a_tumor_from_its_threshold_on(model: Path, 
                 assert (margins[k][(segmentation == label) & clear] > 0).all()
                 above = (margins[k] > 0) & clear  # another organ or tumor may be stronger there
                 assert not np.isin(segmentation[above], (0, host)).any()
-        total = [components({c: s > -0.001 for c, s in ((c, scores[c][k] - logits[k]) for c in scores)}, True)
-                 for k in range(3)]  # fmt: skip
+        above = [{case: scores[case][k] >= logits[k] for case in scores} for k in range(3)]
+        total = [components(masks, True) for masks in above]
         assert all(n <= rate * 3 for n in total)
         if rate < 1:
             assert not any((s >= 4).any() for s in found.values())

@@ -79,11 +79,11 @@ SIZES: Mapping[str, Size] = {
     "tiny": Size(
         (16, 40, 48), Range(10.5, 11.5, "mm", "chosen"), _WIDTH, (3, 2, 2), NOISE_OF_LARGE_VOXELS_HU, 6, 8, 1.6
     ),
-    "small": Size(
-        (24, 48, 64), Range(7.0, 8.0, "mm", "chosen"), _WIDTH, (3, 2, 2), NOISE_OF_LARGE_VOXELS_HU, 150, 128, 2.5
-    ),
     "demo": Size(
         (24, 48, 64), Range(7.0, 8.0, "mm", "chosen"), _WIDTH, (3, 2, 2), NOISE_OF_LARGE_VOXELS_HU, 50, 32, 2.5
+    ),
+    "small": Size(
+        (24, 48, 64), Range(7.0, 8.0, "mm", "chosen"), _WIDTH, (3, 2, 2), NOISE_OF_LARGE_VOXELS_HU, 150, 128, 2.5
     ),
     "full": Size((64, 160, 208), Range(2.6, 3.0, "mm", "routine abdomen"), _WIDTH, (2, 2, 2), NOISE_HU, 40, 64, 2.0),
 }

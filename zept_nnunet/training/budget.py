@@ -175,7 +175,7 @@ class _BudgetedZePT(Budgeted, ZePTTrainer):
     """Both stages share the time as they share the epochs."""
 
     def stage_at(self, epoch: int, iteration: int) -> int:
-        """By time where the budget is a time: 1 in epochs that begin before half of it."""
+        """By time where the budget is a time: 1 in epochs that begin before `stage_one_share` of it."""
         if self.budget.minutes is None or self.fixed_stage is not None or not self.taxonomy.organs:
             return super().stage_at(epoch, iteration)
         if epoch < self.current_epoch:
