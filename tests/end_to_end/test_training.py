@@ -36,7 +36,7 @@ def test_resume_lands_in_the_right_epoch_and_stage(workspace: Workspace, planned
     found = float(re.search(r"sum ([\d.]+)", resumed[int(stop)]).group(1))  # type: ignore[union-attr]
     assert found == pytest.approx(sum(buffers), rel=1e-4)
     final = torch.load(fold / "checkpoint_final.pth", weights_only=False)
-    assert final["logging"]["stage"] == [1, 1, 2, 2]
+    assert final["logging"]["stage"] == [1, 2, 2, 2]
     assert len(final["logging"]["loss_tumor"]) == 4
     for key in ("mean_fg_dice", "ema_fg_dice"):
         assert all(value == value for value in final["logging"][key]), f"{key} holds a NaN"

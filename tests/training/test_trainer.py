@@ -138,6 +138,7 @@ def test_share_of_stage_one(results: Path) -> None:
     trainer = with_settings(ZePTTrainer_5epochs, stage_one_share=0.5)
     assert [trainer.stage_at(e, 0) for e in range(5)] == [1, 1, 2, 2, 2]
     assert with_settings(ZePTTrainer_5epochs, stage_one_share=0).stage_at(0, 0) == 2
+    assert [with_settings(ZePTTrainer_5epochs, stage_one_share=0.1).stage_at(e, 0) for e in (0, 1)] == [1, 2]
 
 
 def test_the_learning_rate_warms_up_over_iterations_and_follows_the_schedule_after_it(results: Path) -> None:

@@ -194,15 +194,14 @@ class ZePTTrainer(KeepsSides):
 
     # ------------------------------------------------------------------------------------------------ stages
     def stage_at(self, epoch: int, iteration: int) -> int:
-        """1 or 2. The switch is after `stage_one_share` of the epochs, or of one epoch's iterations."""
+        """1 or 2. The switch is after `stage_one_share` of the epochs, or of one epoch's iterations; at least after one."""
         if self.fixed_stage is not None:
             return self.fixed_stage
         if not self.taxonomy.organs:
             return 2  # nothing to learn in stage I
         share = self.settings["stage_one_share"]
-        if self.num_epochs > 1:
-            return 1 if epoch < int(self.num_epochs * share) else 2
-        return 1 if iteration < int(self.num_iterations_per_epoch * share) else 2
+        done, total = (epoch, self.num_epochs) if self.num_epochs > 1 else (iteration, self.num_iterations_per_epoch)
+        return 1 if done < (max(1, int(total * share)) if share else 0) else 2
 
     def _enter_stage(self) -> int:
         """Set the network and the optimizer to the stage of the current iteration, and the rate to the warm-up's."""
