@@ -194,7 +194,7 @@ class ZePTTrainer(KeepsSides):
 
     # ------------------------------------------------------------------------------------------------ stages
     def stage_at(self, epoch: int, iteration: int) -> int:
-        """1 or 2. The switch is after `stage_one_share` of the epochs, or of one epoch's iterations; at least after one."""
+        """1 or 2. The switch is after `stage_one_share` of the epochs, or of one epoch's iterations, at least one."""
         if self.fixed_stage is not None:
             return self.fixed_stage
         if not self.taxonomy.organs:
