@@ -264,7 +264,9 @@ def test_a_gradient_reaches_every_parameter_that_the_stage_trains_and_no_other(
 
 def test_tumor_maps_send_no_gradient_into_organ_maps(dimensions: int, image: torch.Tensor) -> None:
     """Neither the gate nor the score nor the deviation: or a tumor would be learned by moving its host."""
-    network = randomize(make_network(dimensions, block=narrow_block()))
+    block = narrow_block()
+    block["decoder"]["score_in_maps"] = True
+    network = randomize(make_network(dimensions, block=block))
     output = network(image)
     assert output.deviation is not None and output.anomaly
     sum(m.sum() for m in (*output.tumor, *output.anomaly, output.deviation)).backward()
