@@ -263,7 +263,7 @@ def thresholds_of(block: Mapping[str, Any], taxonomy: Taxonomy, source: str = "p
         if name not in names or not is_number:
             raise ZePTError(
                 f"{source}: a threshold wants a tumor of the model and a number as its 'logit', got {name!r}: "
-                f"{entry!r}; calibrate again (zept calibrate), or remove it (zept calibrate --remove)"
+                f"{entry!r}; remove the thresholds (zept calibrate MODEL_FOLDER --remove), then calibrate again"
             )
     return [float(found[name]["logit"]) if name in found else None for name in names]
 

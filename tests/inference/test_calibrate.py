@@ -173,3 +173,14 @@ def test_scans_that_cannot_be_read_leave_nothing_behind(model: Path, tmp_path: P
     with pytest.raises(RuntimeError):
         main(["calibrate", str(model), "-i", str(images), *FLAGS])
     assert (model / "plans.json").read_bytes() == before and not list(model.parent.glob(".*calibrate*"))
+
+
+def test_a_damaged_threshold_can_be_removed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (model / "plans.json").read_bytes()
+    plans = read_json(model / "plans.json")
+    plans["zept"]["thresholds"] = {"no tumor": {"logit": 1.0}}
+    (model / "plans.json").write_text(json.dumps(plans))
+    assert main(["calibrate", str(model), *FLAGS]) == 1
+    assert "--remove" in capsys.readouterr().err
+    assert main(["calibrate", str(model), "--remove"]) == 0
+    assert (model / "plans.json").read_bytes() == before

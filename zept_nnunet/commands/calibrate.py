@@ -54,12 +54,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from zept_nnunet.inference.calibrate import calibrate_model, write_thresholds
-    from zept_nnunet.inference.model_folder import read_json
     from zept_nnunet.inference.predict import ZePTPredictor
-    from zept_nnunet.plans_block import read_block
 
     if args.remove:
-        read_block(read_json(args.model_folder / "plans.json"), str(args.model_folder / "plans.json"))
         write_thresholds(args.model_folder, None)
         print(f"{args.model_folder}: no thresholds, nnU-Net's argmax decides")
         return 0

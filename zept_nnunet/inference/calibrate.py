@@ -142,12 +142,11 @@ def write_thresholds(folder: Path, entries: Mapping[str, Mapping[str, Any]] | No
     """Put them into plans.json in place of those that stand there; None removes all. One rename: never half-written."""
     path = folder / "plans.json"
     plans = read_json(path)
-    block = dict(plans["zept"])
-    block.pop("thresholds", None)
+    block = {key: value for key, value in (plans.get("zept") or {}).items() if key != "thresholds"}
     if entries:
         block["thresholds"] = {name: dict(entry) for name, entry in entries.items()}
-    plans["zept"] = block
-    read_block(plans, str(path))
+    plans["zept"] = block or None
+    read_block(plans, str(path))  # without the old ones: a damaged threshold can be removed
     partial = path.with_name(f".plans.json.{uuid.uuid4().hex[:8]}")
     try:
         partial.write_text(dump_like(path, plans), encoding="utf-8")

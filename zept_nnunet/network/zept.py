@@ -275,7 +275,6 @@ class ZePT(nn.Module):
     # ------------------------------------------------------------------------------------------------ parts
     def _refine(self, x: Tensor, features: list[Tensor], hosts: tuple[tuple[int, ...], ...]) -> _Queries:
         """Grouping, relative head, prompts, advanced layers, joint attention; `hosts` of each advanced query, or ()."""
-        image = x
         batch = features[0].shape[0]
         organs_given, tumors_given = self._given_queries(hosts)
         organs_given = organs_given.expand(batch, -1, -1)
@@ -283,9 +282,8 @@ class ZePT(nn.Module):
         q = torch.cat((organs_given, background), 1)
         tokens, coarse = [], []
         for scale in range(self.num_grouping):
-            x = self.token_norms[scale](self.to_tokens[scale](features[scale].flatten(2).transpose(1, 2)))  # (B, V, D)
-            q = self.grouping[scale](q, x)
-            tokens.append(x)
+            tokens.append(self.token_norms[scale](self.to_tokens[scale](features[scale].flatten(2).transpose(1, 2))))
+            q = self.grouping[scale](q, tokens[scale])  # tokens (B, V, D)
             coarse.append(self._organ_maps(q[:, : self.num_organs], features, scale))
         organs = q[:, : self.num_organs]
         if not hosts:
@@ -295,7 +293,7 @@ class ZePT(nn.Module):
         t = tumors_given
         is_training_set = len(hosts) > self.num_tumors
         tumors_see = self.tumors_see_training if is_training_set else self.tumors_see
-        unlike, deviates = self._unlike(image, features, organs)
+        unlike, deviates = self._unlike(x, features, organs)
         prompts = self._prompts(coarse, deviates, hosts)
         for i, layer in enumerate(self.advanced):
             scale = i % self.num_grouping
