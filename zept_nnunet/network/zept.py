@@ -224,14 +224,13 @@ class ZePT(nn.Module):
         """healthy, tumor, support, anomaly at the finest scale, and the queries that they were made from."""
         queries = self._refine(x, features, self.hosts if self.predict_tumors else ())
         support, healthy = self._organ_maps(queries.organs, features, -1)
-        score = self._score(support, healthy)
+        unlike = queries.unlike
+        anomaly = self._score(support, healthy) if unlike is None else deviation(support, unlike)
         if queries.tumors is None:
             tumor = support.new_full((support.shape[0], self.num_tumors, *support.shape[2:]), -LOGIT_LIMIT)
         else:
-            unlike = queries.unlike
-            tumor, healthy = self._tumor_maps(queries.tumors, self.hosts, features, -1, support, healthy, score, unlike)
-            score = score if unlike is None else deviation(support, unlike)
-        return healthy, tumor, support, score.expand_as(support), queries
+            tumor, healthy = self._tumor_maps(queries.tumors, self.hosts, features, -1, support, healthy, unlike)
+        return healthy, tumor, support, anomaly.expand_as(support), queries
 
     def _training_output(self, x: Tensor, features: list[Tensor]) -> ZePTOutput:
         hosts = self.hosts + self.anomaly_hosts if self.stage == 2 else ()
@@ -248,7 +247,7 @@ class ZePT(nn.Module):
             if queries.tumors is not None:
                 unlike = queries.unlike if scale == len(features) - 1 else None
                 deviates = deviates if unlike is None else deviation(u, unlike)
-                z, h = self._tumor_maps(queries.tumors, hosts, features, scale, u, h, self._score(u, h), unlike)
+                z, h = self._tumor_maps(queries.tumors, hosts, features, scale, u, h, unlike)
                 tumor.append(z[:, : self.num_tumors])
                 if self.anomaly_hosts:
                     anomaly.append(z[:, self.num_tumors :])
@@ -380,7 +379,6 @@ class ZePT(nn.Module):
         scale: int,
         support: Tensor,
         healthy: Tensor,
-        score: Tensor,
         unlike: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tumor maps, one for each of `hosts`, and the healthy maps that go with them (the authors edit these)."""
@@ -388,6 +386,7 @@ class ZePT(nn.Module):
         if not self.is_calibrated and not self.score_in_maps:
             return a, healthy
         if not self.is_calibrated:
+            score = self._score(support, healthy)
             owners = sorted({organ for h in hosts for organ in h})
             owns = torch.zeros(self.num_organs, device=a.device, dtype=a.dtype).index_fill(
                 0, torch.tensor(owners, device=a.device, dtype=torch.long), 1
@@ -395,6 +394,7 @@ class ZePT(nn.Module):
             return a + score, healthy - score * owns.view(1, -1, *[1] * (a.ndim - 2))
         hints: list[tuple[Tensor, Sequence[Tensor | None]]] = []
         if self.score_weight is not None:
+            score = self._score(support, healthy)
             per_tumor = over_hosts(score, hosts) if self.score_per_organ else [score[:, 0]] * len(hosts)
             limit = _SCORE_LIMIT
             per_tumor = [None if s is None else s.clamp(-limit, limit) for s in per_tumor]
