@@ -17,7 +17,7 @@ from zept_nnunet.knowledge.vectors import text_key
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy
 
-VERSION = 4
+VERSION = 5
 
 _SHARED = {
     "width": 128,  # D
@@ -39,6 +39,7 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
         "relative": True,  # compare each voxel with its own organ
         "score_in_maps": False,  # that of the organs' maps is evidence in the tumor maps too
         "prompts": "relative",  # from that comparison, or "organs": from the score of the organs' maps
+        "gate": "neighborhood",  # a tumor lies in its host or next to it, or "voxel": in its host
     },
     # as the authors compute it: learned queries, one min-max normalized score for all tumors
     "paper": {
@@ -51,6 +52,7 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
         "relative": False,
         "score_in_maps": True,
         "prompts": "organs",
+        "gate": "voxel",
     },
 }
 _TRAINING = {
@@ -73,6 +75,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "score": ("calibrated", "minmax"),
     "score_range": ("organ", "patch"),
     "prompts": ("relative", "organs"),
+    "gate": ("neighborhood", "voxel"),
     "descriptions": ("own", "shuffled"),
 }
 _SHARES = ("prompt_probability", "hiding_probability", "unlabeled_host_weight", "stage_one_share")

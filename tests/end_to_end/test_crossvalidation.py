@@ -72,14 +72,15 @@ def test_best_configuration_with_ensembling_then_postprocessing_and_evaluation(
         "nnUNetv2_find_best_configuration", "901", "-tr", "ZePTTrainerTest", "-c", "2d", "3d_fullres", "-np", "1"
     )
     results = workspace.results / trained.name
-    assert read_json(results / "inference_information.json")["best_model_or_ensemble"]
+    best = read_json(results / "inference_information.json")["best_model_or_ensemble"]
+    assert Path(best["postprocessing_file"]).is_file()  # which model or ensemble is best is the training's business
     ensembled, final = workspace.root / "ensembled", workspace.root / "postprocessed"
     workspace.run("nnUNetv2_ensemble", "-i", *predictions.values(), "-o", ensembled, "-np", "1")
     model = workspace.model(trained.name, "3d_fullres")
     workspace.run(
         "nnUNetv2_apply_postprocessing", "-i", ensembled, "-o", final, "-np", "1",
-        "-pp_pkl_file", model / "crossval_results_folds_0_1_2_3_4" / "postprocessing.pkl",
-        "-plans_json", model / "plans.json", "-dataset_json", model / "dataset.json",
+        "-pp_pkl_file", best["postprocessing_file"], "-plans_json", best["some_plans_file"],
+        "-dataset_json", model / "dataset.json",
     )  # fmt: skip
     workspace.run(
         "nnUNetv2_evaluate_folder", trained / "labelsTs", final, "-np", "1",

@@ -198,12 +198,15 @@ def tumor_maps(
     hints: list[tuple[float, Array]],
     hosts: Hosts,
     unlike: tuple[float, Array] | None = None,
+    grid: tuple[int, ...] | None = None,
 ) -> Array:
     """Log-odds of σ(u)σ(a): u the hosts' support, a = ⟨LN(W t), F(v)⟩ + Σ weight · clamped hint of the hosts.
 
-    evidence (U, V), support (Q, V), hints: weight and (Q, V); `unlike` likewise, summed over hosts by their σ(u).
+    evidence (U, V), support (Q, V), hints: weight and (Q, V); `unlike` likewise, summed over hosts by their σ(u). With
+    the `grid` of the voxels u is the highest of a voxel and its neighbors.
     """
     z = np.array(evidence)
+    gate = support if grid is None else highest_nearby(support, grid)
     for k, its in enumerate(hosts):
         if not its:
             continue  # anywhere in the body
@@ -214,8 +217,18 @@ def tumor_maps(
                 weight, deviates = unlike
                 hint = sum(sigmoid(support[i, v]) * deviates[i, v] for i in its)
                 z[k, v] += weight * hint
-            z[k, v] = conjunction(union([support[i, v] for i in its]), z[k, v])
+            z[k, v] = conjunction(union([gate[i, v] for i in its]), z[k, v])
     return z
+
+
+def highest_nearby(maps: Array, grid: tuple[int, ...]) -> Array:
+    """(Q, V) on a grid → (Q, V): the highest of each voxel and its neighbors."""
+    fine = maps.reshape(-1, *grid)
+    highest = np.empty_like(fine)
+    for place in np.ndindex(*grid):
+        window = tuple(slice(max(i - 1, 0), i + 2) for i in place)
+        highest[(slice(None), *place)] = fine[(slice(None), *window)].reshape(len(fine), -1).max(1)
+    return highest.reshape(len(fine), -1)
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -341,7 +354,8 @@ def zept(
         if unlike is not None and scale == len(features) - 1:
             deviation = calibrated_score(support[scale], -unlike)  # in the organ, and unlike the rest of it
             relative = softplus(network.deviation_weight.item()), unlike
-        tumor.append(tumor_maps(evidence, support[scale], hints, hosts, relative))
+        grid = grids[scale] if grids is not None and network.gate_reaches_out else None
+        tumor.append(tumor_maps(evidence, support[scale], hints, hosts, relative, grid))
 
     embeddings = []
     for final, given in ((organs, organs_given), (tumors, tumors_given)):

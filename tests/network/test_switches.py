@@ -90,6 +90,29 @@ def test_prompts_from_organ_maps_are_their_score(dimensions: int, image: torch.T
     assert equal(a.support[-2:], b.support[-2:]) and not torch.equal(a.tumor_embedding, b.tumor_embedding)
 
 
+def test_the_gate_reaches_to_the_neighbors_of_the_host(dimensions: int, image: torch.Tensor) -> None:
+    """A lesion on the organ's surface, which the organ's map does not count to the organ, is found all the same."""
+    default, other = pair(dimensions, gate="voxel")
+    assert names(default) == names(other)
+    a, b = outputs((default, other), image)
+    assert equal(a.support, b.support) and equal(a.healthy, b.healthy)
+    assert torch.equal(a.tumor_embedding, b.tumor_embedding)
+    assert all((x >= y - 1e-5).all() for x, y in zip(a.tumor, b.tumor, strict=True)) and not equal(a.tumor, b.tumor)
+
+    hosts = ((0,),)
+    axis = 5
+    support = torch.full((1, 1, *[axis] * dimensions), -10.0)
+    support[0, 0, 1] = 10.0  # the organ is one slice; the lesion lies in the next
+    features = [torch.zeros(1, default.tumor_heads[-1].project.out_features, *[axis] * dimensions)] * len(a.tumor)
+    with torch.no_grad():
+        default.tumor_heads[-1].bias.weight.zero_()
+        query = torch.zeros(1, 1, 128)
+        maps = [n._tumor_maps(query, hosts, features, -1, support, support)[0][0, 0] for n in (default, other)]
+    reached, kept = (m.flatten(1)[:, 0] for m in maps)
+    assert reached.isclose(reached[1]).tolist() == [True, True, True, False, False]
+    assert kept.isclose(kept[1]).tolist() == [False, True, False, False, False]
+
+
 def coarsest_prompt_inputs(output: ZePTOutput) -> tuple[torch.Tensor, torch.Tensor]:
     """Support, and the score of the organs' maps, of the coarsest scale."""
     u, h = output.support[-1], output.healthy[-1]

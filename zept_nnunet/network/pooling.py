@@ -1,4 +1,4 @@
-"""Means over neighboring voxels, on grids of any size."""
+"""Means and maxima over neighboring voxels, on grids of any size."""
 
 from __future__ import annotations
 
@@ -24,3 +24,15 @@ def mean_of_neighbors(x: Tensor, kernel: Sequence[int]) -> Tensor:
     around = [k // 2 for k in reversed(kernel) for _ in range(2)]
     inside = torch.ones_like(x[:1, :1])
     return pool(F.pad(x, around), tuple(kernel), stride=1) / pool(F.pad(inside, around), tuple(kernel), stride=1)
+
+
+def highest_nearby(x: Tensor) -> Tensor:
+    """Highest value among a voxel and its neighbors, diagonal ones too: (B, C, *) → (B, C, *)."""
+    if x.shape[1] == 0:
+        return x
+    pool = F.max_pool3d if x.ndim == 5 else F.max_pool2d
+    axes = x.ndim - 2
+    for axis in range(axes):  # one axis after the other: 9 comparisons a voxel in place of 27
+        kernel = [3 if i == axis else 1 for i in range(axes)]
+        x = pool(x, kernel, stride=1, padding=[k // 2 for k in kernel])
+    return x

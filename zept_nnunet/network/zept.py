@@ -19,6 +19,7 @@ from zept_nnunet.network.backbone import build_backbone
 from zept_nnunet.network.grouping import GroupingBlock
 from zept_nnunet.network.heads import at_thresholds, to_channels
 from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction
+from zept_nnunet.network.pooling import highest_nearby
 from zept_nnunet.network.query_decoder import AdvancedLayer, JointAttention, MaskHead, QueryGenerator, query_visibility
 from zept_nnunet.network.relative import RelativeHead, build_relative_head
 from zept_nnunet.network.self_prompting import (
@@ -108,6 +109,7 @@ class ZePT(nn.Module):
         self.score_per_organ = settings["score_range"] == "organ"
         self.self_prompting, self.score_in_maps = settings["self_prompting"], settings["score_in_maps"]
         self.relative_prompts = settings["prompts"] == "relative"
+        self.gate_reaches_out = settings["gate"] == "neighborhood"
         probability = torch.tensor(float(settings["prompt_probability"]))
         self.prompt_threshold = float(torch.logit(probability) if self.score_per_organ else probability)
 
@@ -165,7 +167,7 @@ class ZePT(nn.Module):
         if settings["relative"]:
             spacing = configuration.spacing[-len(configuration.patch_size) :]
             self.relative = build_relative_head(spacing, channels[-1], num_input_channels, noise, query_width=width)
-            self.deviation_weight = nn.Parameter(torch.tensor(1.85))  # softplus: 2.0
+            self.deviation_weight = nn.Parameter(torch.tensor(2.95))  # softplus: 3.0
 
         # alignment
         self.to_knowledge = nn.Linear(width, bank.width)
@@ -402,7 +404,9 @@ class ZePT(nn.Module):
         if unlike is not None:
             hints.append((nn.functional.softplus(self.deviation_weight), inside_hosts(support, unlike, hosts)))
         maps = []
-        for k, in_host in enumerate(over_hosts(support.detach(), hosts)):
+        support = support.detach()
+        gates = over_hosts(highest_nearby(support) if self.gate_reaches_out else support, hosts)
+        for k, in_host in enumerate(gates):
             evidence = a[:, k]
             if in_host is None:  # the whole body is the host
                 maps.append(evidence)
