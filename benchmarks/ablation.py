@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_self_prompting": {"self_prompting": False},
     "prompts_from_organs": {"prompts": "organs"},
     "score_in_maps": {"score_in_maps": True},
+    "gate_at_voxels": {"gate": "voxel"},
     "no_alignment": {"alignment": False},
     "shuffled_descriptions": {"descriptions": "shuffled"},
     "learned_queries": {"queries": "learned"},

@@ -14,7 +14,7 @@ LOGIT_LIMIT = 1000.0
 
 def conjunction(u: Tensor, a: Tensor) -> Tensor:
     """Log-odds of σ(u)·σ(a): u + a − log(1 + eᵘ + eᵃ). Never exceeds min(u, a). Any equal shapes."""
-    return u + a - torch.logsumexp(torch.stack((torch.zeros_like(u), u, a)), dim=0)
+    return u + a - torch.logaddexp(F.softplus(u), a)
 
 
 def union(z: Tensor, dim: int = 1) -> Tensor:

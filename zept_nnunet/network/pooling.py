@@ -28,11 +28,10 @@ def mean_of_neighbors(x: Tensor, kernel: Sequence[int]) -> Tensor:
 
 def highest_nearby(x: Tensor) -> Tensor:
     """Highest value among a voxel and its neighbors, diagonal ones too: (B, C, *) → (B, C, *)."""
-    if x.shape[1] == 0:
-        return x
-    pool = F.max_pool3d if x.ndim == 5 else F.max_pool2d
-    axes = x.ndim - 2
-    for axis in range(axes):  # one axis after the other: 9 comparisons a voxel in place of 27
-        kernel = [3 if i == axis else 1 for i in range(axes)]
-        x = pool(x, kernel, stride=1, padding=[k // 2 for k in kernel])
+    for axis in range(2, x.ndim):  # one axis after the other; on a CPU many times faster than PyTorch's pooling
+        highest = x.clone()
+        for a, b in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
+            to, of = ((*[slice(None)] * axis, s) for s in (a, b))
+            highest[to] = torch.maximum(highest[to], x[of])
+        x = highest
     return x

@@ -79,9 +79,9 @@ def robust_statistics(values: Tensor, weights: Tensor, floor: Tensor) -> tuple[T
 class RelativeFeatures(nn.Module):
     """Per organ, the deviation of every voxel from that organ.
 
-    `num_features` = 2K + 1 per organ: signed r, |r|, and the organ's support, on the grid pooled by `pooling`; both
-    kinds of r are multiplied by the support, so that they fade to zero outside of the organ. Statistics are computed in
-    float32 whatever the autocast.
+    `num_features` per organ: K of signed r, K of |r|, the organ's support, and zeros up to a multiple of 8 (which
+    convolutions are fast at), on the grid pooled by `pooling`; both kinds of r are multiplied by the support, so that
+    they fade to zero outside of the organ. Statistics are computed in float32 whatever the autocast.
     """
 
     floor: Tensor
@@ -115,7 +115,7 @@ class RelativeFeatures(nn.Module):
         self.pooling = pooling if isinstance(pooling, int) else tuple(pooling)
         self.prior_voxels = prior_voxels
         self.num_channels = len(_SMOOTHINGS) * image_channels + num_projected
-        self.num_features = 2 * self.num_channels + 1
+        self.num_features = -(-(2 * self.num_channels + 1) // 8) * 8
         floor = torch.tensor(floors * len(_SMOOTHINGS) + [0.1] * num_projected)
         self.register_buffer("floor", floor, persistent=False)
         # 1 × 1 convolution without bias: r does not see a constant
@@ -127,7 +127,7 @@ class RelativeFeatures(nn.Module):
 
     def forward(self, x: Tensor, features: Tensor, support: Tensor, queries: Tensor | None = None) -> Tensor:
         """Image (B, C, *), finest features (B, C_f, *), support logits (B, Q, *), organ queries (B, Q, D) with
-        `query_width` → (B, Q, 2K + 1, /). Nothing flows back through `support`.
+        `query_width` → (B, Q, num_features, /). Nothing flows back through `support`.
         """
         return self.relate(*self.shared(x, features), support, queries)
 
@@ -157,7 +157,8 @@ class RelativeFeatures(nn.Module):
             r = ((values - mean[..., None]) / sigma[..., None]).clamp(-_LIMIT, _LIMIT)
             inside = inside.flatten(0, 1).flatten(1)[:, None]  # (B·Q, 1, V)
             r = r * inside
-            return torch.cat((r, r.abs(), inside), 1).view(batch, organs, self.num_features, *grid)
+            zeros = inside.new_zeros(1, 1, 1).expand(len(r), self.num_features - 2 * r.shape[1] - 1, r.shape[2])
+            return torch.cat((r, r.abs(), inside, zeros), 1).view(batch, organs, self.num_features, *grid)
 
     def _shrink(self, mean: Tensor, variance: Tensor, visible: Tensor, queries: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and σ, towards the population where little is visible; `visible` (B·Q, 1) in pooled voxels.

@@ -71,7 +71,7 @@ def _nearest_host(healthy: Tensor, grid: int = 12) -> Tensor:
     for _ in range(max(size)):
         # padded by hand: pooling refuses an axis of fewer than 3 voxels, padding or not
         reach = reach + 1e-2 * blur(F.pad(reach, (1, 1) * (reach.ndim - 2)), 3, stride=1)
-    return F.interpolate(reach, healthy.shape[2:], mode="nearest").argmax(1)
+    return F.interpolate(reach.argmax(1, keepdim=True).float(), healthy.shape[2:], mode="nearest")[:, 0]
 
 
 def _equals(label_map: Tensor, labels: list[int]) -> Tensor:
