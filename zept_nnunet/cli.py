@@ -16,6 +16,7 @@ COMMANDS = (
     "doctor",
     "taxonomy",
     "knowledge",
+    "merge",
     "plan",
     "add_tumor",
     "calibrate",

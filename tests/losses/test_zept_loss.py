@@ -119,3 +119,20 @@ def test_open_voxels_of_an_unlabeled_host_count_by_their_weight(
             total_weight += w.sum().item()
     wanted = torch.stack(parts).mean().item() + entropy / total_weight
     assert terms["deviation"].item() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_an_organ_labeled_as_a_whole_says_nothing_of_its_healthy_tissue(
+    everything: tuple[ZePT, Any, list[Any]],
+) -> None:
+    """Nobody outlined the first case's liver tumors: its label is liver and tumors, so only the support is told."""
+    network, output, targets = everything
+    annotated = torch.ones(2, network.num_organs + network.num_tumors, dtype=torch.bool)
+    annotated[0, network.num_organs] = False
+    for maps in (output.healthy, output.support):
+        maps[0].retain_grad()
+    loss, _ = ZePTLoss(network, batch_dice=False)(output, targets, annotated)
+    loss.backward()
+    healthy, support = output.healthy[0].grad, output.support[0].grad
+    liver, spleen = 0, 1
+    assert not healthy[0, liver].any() and healthy[0, spleen].any() and healthy[1, liver].any()
+    assert support[0, liver].any()

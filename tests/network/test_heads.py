@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zept_nnunet.network.heads import at_thresholds
+from zept_nnunet.network.heads import at_thresholds, keep_to_annotated
 
 HOSTS = ((0,), (1,), (0, 1), ())  # the last one: anywhere in the body
 
@@ -35,3 +35,22 @@ def test_an_organ_that_hosts_none_of_the_calibrated_tumors_keeps_its_map() -> No
     healthy, shifted = at_thresholds(organs, tumors, HOSTS, [1.0, None, None, None])
     assert torch.equal(healthy[:, 1], organs[:, 1]) and not torch.equal(healthy[:, 0], organs[:, 0])
     assert torch.equal(shifted[:, 1:], tumors[:, 1:])
+
+
+def test_what_a_case_does_not_label_goes_to_its_host_or_to_nothing() -> None:
+    organs, tumors = torch.randn(2, 2, 3000) * 5, torch.randn(2, 4, 3000) * 5
+    labels = torch.tensor([[True, False, False, True, True, False], [True] * 6])
+    kept, found = keep_to_annotated(organs, tumors, HOSTS, labels)
+    assert torch.allclose(kept[1], organs[1], atol=1e-4) and torch.equal(found[1], tumors[1])
+    one_of = 1 - torch.sigmoid(-organs[0, 0].double()) * torch.sigmoid(-tumors[0, 0].double())  # an unlabeled tumor's
+    assert torch.allclose(torch.sigmoid(kept[0, 0].double()), one_of, atol=1e-6)
+    assert torch.equal(found[0, 1:3], tumors[0, 1:3])
+    decoded = decode(kept, found)[0]
+    assert {int(c) for c in decoded.unique()} == {0, 1, 4, 5}  # background, the first organ, two tumors
+
+
+def test_of_two_hosts_the_one_that_it_lies_in_takes_an_unlabeled_tumor() -> None:
+    organs, tumors = torch.tensor([[[-3.0], [-9.0]]]), torch.tensor([[[4.0]]])
+    labels = torch.tensor([[True, True, False]])
+    assert decode(*keep_to_annotated(organs, tumors, ((0, 1),), labels)).item() == 1
+    assert decode(*keep_to_annotated(organs.flip(1), tumors, ((0, 1),), labels)).item() == 2

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
 
+from zept_nnunet.network.zept import ZePT
+from zept_nnunet.plans_block import read_block
 from zept_nnunet.training.trainer import ZePTTrainer
 from zept_nnunet.training.variants import ZePTTrainerPaper, ZePTTrainerStageI, ZePTTrainerStageII
 
@@ -64,3 +68,32 @@ class ZePTTrainerRealCT(_Short, ZePTTrainer):
     """A few short epochs."""
 
     epochs, iterations = 16, 25
+
+
+class ZePTTrainerOracle(ZePTTrainerTest):
+    """Its network's maps are read from intensities: 1 liver, 2 tumor, 3 a tumor that 2D does not know."""
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        block = read_block(plans_manager.plans)
+        return Oracle(block, configuration_manager, num_input_channels, enable_deep_supervision)
+
+
+class Oracle(ZePT):
+    def _finest_maps(self, x: Tensor, features: list[Tensor]) -> tuple[Tensor, ...]:
+        """In 3D all is right, with a logit of 5; 2D is surer, and finds the tumor that it knows beside its place."""
+        liver, tumor, unknown = (x.round() == value for value in (1, 2, 3))
+        if x.ndim == 4:
+            found = torch.roll(tumor, 2, -1)
+            liver, tumor, logit = (liver | tumor | unknown) & ~found, found, 20.0
+        else:
+            tumor, logit = tumor | unknown, 5.0
+        maps = [torch.where(at, logit, -logit) for at in (liver, tumor)]
+        return maps[0], maps[1], maps[0], maps[0], None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from tests.small_plans import DATASET_JSON, make_network, make_plans
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.plans_block import build_block
+from zept_nnunet.training.targets import make_targets
 from zept_nnunet.training.trainer import ZePTTrainer
 from zept_nnunet.training.variants import (
     ZePTTrainer_1epoch,
@@ -262,3 +264,33 @@ def test_a_folds_start_keeps_the_thresholds_of_the_model_folder(results: Path, m
     made.on_train_start()
     assert json.loads(written.read_text())["zept"] == {**block, "thresholds": thresholds}
     assert "thresholds" not in made.plans_manager.plans["zept"]  # this fold is validated as the others were
+
+
+def test_pseudo_dice_takes_an_unlabeled_tumor_for_its_organ(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prediction finds a tumor in both cases; only the first one's labels hold tumors."""
+    trainer = make_trainer(dataset_json=with_zept(annotated={"whole_*": ["liver", "spleen", "pancreas"]}))
+    build(trainer)
+    organs, tumors = trainer.taxonomy.organs, trainer.taxonomy.tumors
+    label_map = torch.zeros(2, 1, 4, 4, 4)
+    label_map[:, :, 1:3] = 1
+    label_map[0, :, 1] = 4  # the tumor; in the second case it is labeled as liver
+    healthy, tumor = torch.full((2, len(organs), 4, 4, 4), -9.0), torch.full((2, len(tumors), 4, 4, 4), -9.0)
+    healthy[:, 0, 2] = tumor[:, 0, 1] = 9.0
+    output = SimpleNamespace(healthy=[healthy], tumor=[tumor])
+    loss = torch.zeros(())
+    monkeypatch.setattr(trainer, "_forward", lambda batch: (output, label_map, loss, {}))
+    counts = trainer.validation_step({"keys": ["full_1", "whole_1"]})
+    assert counts["tp_hard"].tolist() == [16 + 32, 0, 0, 16, 0]
+    assert not counts["fp_hard"].any() and not counts["fn_hard"].any()
+
+
+def test_a_region_is_annotated_as_a_whole_without_its_tumors(results: Path) -> None:
+    labels = {"background": 0, "liver and tumor": [1, 2], "liver_tumor": 2, "spleen": 3}
+    dataset = DATASET_JSON | {"labels": labels, "regions_class_order": [1, 2, 3]}
+    dataset = {**dataset, "zept": {"annotated": {"whole_*": ["liver and tumor", "spleen"]}}}
+    trainer = make_trainer(dataset_json=dataset)
+    is_annotated = trainer.annotations.of_batch(["whole_1"])
+    label_map = torch.tensor([0, 1, 3]).view(1, 1, 3)
+    reference, annotated = trainer._reference_channels(make_targets(label_map, trainer.taxonomy), is_annotated)
+    assert annotated.tolist() == [[True, False, True]]
+    assert reference[0].tolist() == [[False, True, False], [False, False, False], [False, False, True]]

@@ -62,6 +62,7 @@ class ZePTLoss(nn.Module):
         """
         organs, tumors = is_annotated[:, : self.num_organs], is_annotated[:, self.num_organs :]
         labeled = self._labels_tumors(tumors)
+        tells_healthy = organs & self._labels_all_tumors(tumors)
         if hidden is not None:
             tumors = tumors.clone()
             tumors[:, hidden] = False
@@ -73,7 +74,7 @@ class ZePTLoss(nn.Module):
             share, target = weight / sum(scale_weights), targets[s]
             pairs = {"organ_support": (output.support[s], target.support, organs)}
             if self.is_calibrated:
-                pairs["organ_healthy"] = (output.healthy[s], target.healthy, organs)
+                pairs["organ_healthy"] = (output.healthy[s], target.healthy, tells_healthy)
             if output.tumor:
                 pairs["tumor"] = (output.tumor[s], target.tumor, tumors)
             for term, (logits, wanted, annotated) in pairs.items():
@@ -110,6 +111,16 @@ class ZePTLoss(nn.Module):
         for organ, its in enumerate(self.tumors_of):
             if its:
                 labels[:, organ] = tumors.cpu()[:, its].all(1)
+        return labels
+
+    def _labels_all_tumors(self, tumors: Tensor) -> Tensor:
+        """Organs without a tumor that training knows and the case does not label, bool (B, Q).
+
+        Where there is such a tumor, the organ's label is the organ as a whole, and which of it is healthy is not said.
+        """
+        labels = torch.ones(tumors.shape[0], self.num_organs, dtype=torch.bool, device=tumors.device)
+        for organ, its in enumerate(self.tumors_of):
+            labels[:, organ] = tumors[:, its].all(1)
         return labels
 
     def _alignment(self, output: ZePTOutput) -> tuple[Tensor, Tensor]:

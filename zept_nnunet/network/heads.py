@@ -42,6 +42,34 @@ def at_thresholds(
     return torch.stack(organs, 1) if organs else organ_logits, margin
 
 
+def keep_to_annotated(
+    organ_logits: Tensor, tumor_logits: Tensor, hosts: Sequence[Sequence[int]], is_annotated: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B, Q, *) and (B, U, *) → the same as somebody who labels nothing but the annotated classes would have it.
+
+    What the reference of a partially labeled case can be compared with: a tumor that the case does not label belongs to
+    its host there (log-odds of either), another class that it does not label to nothing.
+
+    Args:
+        hosts: organs of each tumor.
+        is_annotated: bool (B or 1, Q + U).
+    """
+    num_organs, shape = organ_logits.shape[1], [-1, *[1] * (organ_logits.ndim - 2)]
+    nothing = organ_logits.new_full((), -LOGIT_LIMIT)
+    labels = [flag.view(shape) for flag in is_annotated.to(organ_logits.device).unbind(1)]
+    given = [torch.where(labels[num_organs + k], nothing, tumor_logits[:, k]) for k in range(len(hosts))]
+    organs = []
+    for organ in range(num_organs):
+        members = [organ_logits[:, organ], *(given[k] for k, of in enumerate(hosts) if organ in of)]
+        whole = union(torch.stack(members, 1), 1).to(organ_logits.dtype)
+        organs.append(torch.where(labels[organ], whole, nothing))
+    tumors = [torch.where(labels[num_organs + k], tumor_logits[:, k], nothing) for k in range(len(hosts))]
+    return (
+        torch.stack(organs, 1) if organs else organ_logits,
+        torch.stack(tumors, 1) if tumors else tumor_logits,
+    )
+
+
 def to_channels(taxonomy: Taxonomy, organ_logits: Tensor, tumor_logits: Tensor) -> Tensor:
     """(B, Q, *) and (B, U, *) → (B, heads, *), contiguous, within ±1000.
 

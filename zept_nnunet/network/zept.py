@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zept_nnunet.knowledge import KnowledgeBank
 from zept_nnunet.network.backbone import build_backbone
 from zept_nnunet.network.grouping import GroupingBlock
-from zept_nnunet.network.heads import at_thresholds, to_channels
+from zept_nnunet.network.heads import at_thresholds, keep_to_annotated, to_channels
 from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction
 from zept_nnunet.network.pooling import highest_nearby
 from zept_nnunet.network.query_decoder import AdvancedLayer, JointAttention, MaskHead, QueryGenerator, query_visibility
@@ -78,6 +78,7 @@ class ZePT(nn.Module):
     knowledge_anomalies: Tensor
     sees_training: Tensor
     tumors_see_training: Tensor
+    annotated: Tensor
 
     def __init__(
         self,
@@ -105,6 +106,10 @@ class ZePT(nn.Module):
         self.thresholds = thresholds_of(block, taxonomy) if predict_tumors else [None] * self.num_tumors
         self.predict_tumors = predict_tumors
         self.stage = 2  # the trainer sets 1 while only organs are learned
+        self.restricts = False  # logits to the classes that are `annotated`: validation of partially labeled cases
+        self.register_buffer(
+            "annotated", torch.ones(1, self.num_organs + self.num_tumors, dtype=torch.bool), persistent=False
+        )
         self.is_calibrated = settings["score"] == "calibrated"
         self.score_per_organ = settings["score_range"] == "organ"
         self.self_prompting, self.score_in_maps = settings["self_prompting"], settings["score_in_maps"]
@@ -202,6 +207,8 @@ class ZePT(nn.Module):
 
     def _channels(self, healthy: Tensor, tumor: Tensor) -> Tensor:
         """nnU-Net's output, decoded at the thresholds of calibrated tumors; scores do not depend on these."""
+        if self.restricts:
+            healthy, tumor = keep_to_annotated(healthy, tumor, self.hosts, self.annotated)
         return to_channels(self.taxonomy, *at_thresholds(healthy, tumor, self.hosts, self.thresholds))
 
     def forward_embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -442,6 +449,16 @@ class ZePT(nn.Module):
         sees, tumors_see = self._visibility(flags)
         self.sees_training.copy_(sees)
         self.tumors_see_training.copy_(tumors_see)
+
+    def restrict_to(self, is_annotated: Sequence[bool] | None) -> None:
+        """From now on report the annotated classes alone, as `keep_to_annotated` has it; None: all of them.
+
+        Args:
+            is_annotated: of each organ, then of each tumor.
+        """
+        self.restricts = is_annotated is not None
+        if is_annotated is not None:
+            self.annotated.copy_(torch.tensor([is_annotated]))
 
     def _visibility(self, is_added: list[bool]) -> tuple[Tensor, Tensor]:
         """Of all queries, and of tumors' alone."""

@@ -25,7 +25,7 @@ from torch._dynamo import OptimizedModule
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.losses import TERMS, ZePTLoss
 from zept_nnunet.network.backbone import check_wrappable
-from zept_nnunet.network.heads import to_channels
+from zept_nnunet.network.heads import keep_to_annotated, to_channels
 from zept_nnunet.network.zept import ZePT, ZePTOutput
 from zept_nnunet.plans_block import (
     build_block,
@@ -364,9 +364,12 @@ class ZePTTrainer(KeepsSides):
         healthy = output.healthy[0]
         if tumors is None:
             tumors = healthy.new_full((healthy.shape[0], len(self.taxonomy.tumors), *healthy.shape[2:]), -1000.0)
+        is_annotated = self.annotations.of_batch(batch["keys"])
+        if self.annotations.is_partial:
+            healthy, tumors = keep_to_annotated(healthy, tumors, self.taxonomy.host_indices(), is_annotated)
         logits = to_channels(self.taxonomy, healthy, tumors)
         wanted = make_targets(label_map, self.taxonomy)
-        reference, annotated = self._reference_channels(wanted, self.annotations.of_batch(batch["keys"]))
+        reference, annotated = self._reference_channels(wanted, is_annotated)
         if self.taxonomy.has_regions:
             predicted = logits > 0
         else:
@@ -383,14 +386,18 @@ class ZePTTrainer(KeepsSides):
         }
 
     def _reference_channels(self, wanted: Targets, is_annotated: Tensor) -> tuple[Tensor, Tensor]:
-        """Reference (B, heads, *) and whether a case annotates the channel (B, heads)."""
+        """Reference (B, heads, *) and whether a case annotates the channel (B, heads).
+
+        A region is annotated where each of its classes is, or belongs to an organ of the region that is.
+        """
         maps, annotated = [], []
-        num_organs = len(self.taxonomy.organs)
+        num_organs, hosts = len(self.taxonomy.organs), self.taxonomy.host_indices()
         for organs, tumors in self.taxonomy.channel_indices():
             members = [wanted.healthy[:, i] for i in organs] + [wanted.tumor[:, k] for k in tumors]
             empty = torch.zeros_like((wanted.healthy if num_organs else wanted.tumor)[:, 0])
             maps.append(torch.stack(members).any(0) if members else empty)
-            annotated.append(is_annotated[:, [*organs, *(num_organs + k for k in tumors)]].all(1))
+            alone = [num_organs + k for k in tumors if not hosts[k] or not set(hosts[k]) <= set(organs)]
+            annotated.append(is_annotated[:, [*organs, *alone]].all(1))
         return torch.stack(maps, 1), torch.stack(annotated, 1)
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
@@ -411,6 +418,32 @@ class ZePTTrainer(KeepsSides):
             self._best_ema = None
         self.logger.log("dice_per_class_or_region", list(dice), self.current_epoch)
         self.logger.log("val_losses", float(np.mean(self._gather(np.mean(outputs["loss"])))), self.current_epoch)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's; of a partially labeled case it predicts the classes that the case labels.
+
+        Cross-validation, ensembling and postprocessing judge these files by the reference: a lesion that nobody labeled
+        must not count as a false positive, nor an organ around it as missed.
+        """
+        if not self.annotations.is_partial:
+            super().perform_actual_validation(save_probabilities)
+            return
+        network, annotations = self._zept(), self.annotations
+        dataset_class: Any = getattr(self, "dataset_class")  # noqa: B009 - nnU-Net declares no type
+
+        class Announces(dataset_class):
+            """Tells the network which case comes next."""
+
+            def load_case(self, identifier: str) -> tuple[Any, Any, Any, dict]:
+                network.restrict_to(annotations.of_case(identifier))
+                return cast(tuple[Any, Any, Any, dict], super().load_case(identifier))
+
+        self.dataset_class = Announces
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self.dataset_class = dataset_class
+            network.restrict_to(None)
 
     def _gather(self, value: Any) -> list[Any]:
         """The value of every process of a DDP training."""

@@ -1,0 +1,101 @@
+"""Organ masks that another tool made, as the organ labels of a dataset that has only tumors.
+
+TotalSegmentator's output: one folder a case with a mask a structure (`CASE/liver.nii.gz`), or one multi-label file a
+case (`CASE.nii.gz`, its `--ml`). They are a model's, not manual: the merged dataset.json says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.names import name_key
+
+TOOL = "TotalSegmentator v2, total"
+
+
+@cache
+def class_map() -> dict[str, int]:
+    """Structure → value in TotalSegmentator's multi-label files."""
+    text = (resources.files("zept_nnunet.datasets") / "class_maps.yaml").read_text(encoding="utf-8")
+    return {name: value for value, name in enumerate(yaml.safe_load(text)[TOOL], start=1)}
+
+
+@dataclass(frozen=True)
+class ModelOrgans:
+    """Masks of some structures for every case of a dataset."""
+
+    folder: Path
+    names: tuple[str, ...]  # as TotalSegmentator calls them
+
+    @classmethod
+    def find(cls, folder: Path, wanted: Sequence[str], cases: Sequence[str]) -> ModelOrgans:
+        """Check that every case has its masks.
+
+        Args:
+            folder: of TotalSegmentator's output.
+            wanted: names of organs, in any spelling.
+            cases: identifiers.
+
+        Raises:
+            ZePTError: an organ is none of TotalSegmentator's, or a file is missing.
+        """
+        by_key = {name_key(name): name for name in class_map()}
+        unknown = [w for w in wanted if name_key(w) not in by_key]
+        if unknown or not wanted:
+            raise ZePTError(
+                f"--organs wants structures of {TOOL}; got {unknown or 'none'}. There are: {', '.join(class_map())}"
+            )
+        found = cls(folder, tuple(dict.fromkeys(by_key[name_key(w)] for w in wanted)))
+        for case in cases:
+            if (folder / f"{case}.nii.gz").is_file():
+                continue
+            missing = [n for n in found.names if not (folder / case / f"{n}.nii.gz").is_file()]
+            if missing:
+                raise ZePTError(
+                    f"{folder / case / f'{missing[0]}.nii.gz'} is missing, and so is {folder / f'{case}.nii.gz'}: "
+                    f"--organs-from wants, for every case, a folder of masks or one multi-label file of {TOOL}"
+                )
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """For dataset.json."""
+        return {"tool": TOOL, "made_by": "a model", "folder": str(self.folder), "structures": list(self.names)}
+
+    def under(self, labels: np.ndarray, case: str, values: Mapping[str, int], reader: Any) -> np.ndarray:
+        """Put the organs under what is labeled: a copy of `labels` (*,) whose background voxels hold them.
+
+        Args:
+            values: structure → label value.
+            reader: nnU-Net's reader of the dataset.
+
+        Raises:
+            ZePTError: a mask lies on another grid.
+        """
+        result, multi = labels.copy(), self.folder / f"{case}.nii.gz"
+        whole = self._read(multi, labels.shape, reader) if multi.is_file() else None
+        for name, value in values.items():
+            if whole is not None:
+                mask = whole == class_map()[name]
+            else:
+                mask = self._read(self.folder / case / f"{name}.nii.gz", labels.shape, reader) > 0
+            result[mask & (result == 0)] = value
+        return result
+
+    @staticmethod
+    def _read(path: Path, shape: tuple[int, ...], reader: Any) -> np.ndarray:
+        seg, _ = reader.read_seg(str(path))
+        array = np.rint(np.asarray(seg[0]))
+        if array.shape != shape:
+            raise ZePTError(
+                f"{path} has {array.shape} voxels, the case's labels {shape}: make the masks on the image's own grid"
+            )
+        return array
