@@ -1,6 +1,6 @@
 """What each part of ZePT is worth: the model without it, on the phantom, at one budget; one table over seeds.
 
-    python benchmarks/ablation.py --size small --seeds 3 --epochs 15 --iterations 250
+    python benchmarks/ablation.py --size small --seeds 3 --epochs 4 --iterations 250 --test-cases 64
 
 Variants differ by settings of the plans' `zept` block alone (docs/method.md); data, split, seeds and evaluation are
 those of zero_shot.py, and so is the workspace, whose phantom and preprocessed data serve both. A run appends its
@@ -70,8 +70,8 @@ def main() -> None:
     def one(variant: str, seed: int) -> float:
         plans = write_plans(workspace, dataset, variant)
         # no column wants a matched threshold; zero_shot.py, which shares the variant without a setting, does
-        splits = ("test",) if VARIANTS[variant] else ("test", "validation")
-        workspace.zept(variant, plans, seed, dataset, splits)
+        shared = not VARIANTS[variant] and not args.test_cases
+        workspace.zept(variant, plans, seed, dataset, None if shared else (workspace.test,))
         return minutes_of(workspace, variant, seed, plans)
 
     print_table(measure(workspace, dataset, args.variants, one, RESULTS))

@@ -96,7 +96,7 @@ MUTATIONS = (
     Mutation("-", "the assignment is not straight-through", f"{NETWORK}/grouping.py",
              "return one_hot + soft - soft.detach()", "return one_hot + 0 * soft", ("tests/network/test_grouping.py",)),
     Mutation("-", "the gate's gradient reaches the host's support", f"{NETWORK}/zept.py",
-             "enumerate(over_hosts(support.detach(), hosts))", "enumerate(over_hosts(support, hosts))", NETWORK_TESTS),
+             "support = support.detach()\n        gates", "gates", NETWORK_TESTS),
     Mutation("-", "the score's gradient is not stopped", f"{NETWORK}/zept.py",
              "        with torch.no_grad():\n            if self.score_per_organ:",
              "        with torch.enable_grad():\n            if self.score_per_organ:", NETWORK_TESTS),

@@ -39,7 +39,7 @@ PHANTOM, SUPERVISED = 900, 901
 PLANNER, PLANS = "ZePTSmallPlanner", "ZePTSmallPlans"
 ZEPT_TRAINER = "ZePTTrainerBudget"
 METHODS = (*RECIPES, "zept")
-KEY = ["phantom", "size", "configuration", "epochs", "iterations", "minutes", "method", "seed"]
+KEY = ["phantom", "size", "configuration", "epochs", "iterations", "minutes", "test_cases", "method", "seed"]
 # case, scope, metric → column of the printed table; pooled: over the voxels of all test cases together
 SHOWN = {
     ("pooled", "host", "auroc"): "AUROC in host",
@@ -141,7 +141,25 @@ class Workspace:
 
     def images(self, dataset: Path) -> dict[str, Path]:
         """What is predicted: test images, and validation images for thresholds."""
-        return {"test": dataset / "imagesTs", "validation": self.folder / "validation_images"}
+        test = self.some_test_cases(dataset) / "imagesTs" if self.args.test_cases else dataset / "imagesTs"
+        return {self.test: test, "validation": self.folder / "validation_images"}
+
+    @property
+    def test(self) -> str:
+        """The name of the predictions of the test images, or of some of them."""
+        return f"test{self.args.test_cases or ''}"
+
+    def some_test_cases(self, dataset: Path) -> Path:
+        """A folder with links to images and references of every so many test cases."""
+        cases = sorted(p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTs").glob("*.nii.gz"))
+        count = min(self.args.test_cases, len(cases))
+        folder = self.folder / self.test
+        for case in (cases[i * len(cases) // count] for i in range(count)):
+            for link in (folder / "imagesTs" / f"{case}_0000.nii.gz", folder / "labelsTs" / f"{case}.nii.gz"):
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if not link.exists():
+                    link.symlink_to((dataset / link.parent.name / link.name).resolve())
+        return folder
 
     def train_and_predict(self, method: str, seed: int, dataset: Path) -> None:
         """Each step is skipped where its result is there."""
@@ -156,10 +174,9 @@ class Workspace:
                 seed, method, "zept", "baseline", method, "-d", str(self.dataset_id), "-i", folder, "-o", out, *flags
             )
 
-    def zept(
-        self, name: str, plans: str, seed: int, dataset: Path, splits: Sequence[str] = ("test", "validation")
-    ) -> None:
+    def zept(self, name: str, plans: str, seed: int, dataset: Path, splits: Sequence[str] | None = None) -> None:
         """Train with these plans, add the unseen tumors, predict; each step is skipped where its result is there."""
+        images = self.images(dataset)
         results = Path(self.environment(seed)["nnUNet_results"]) / dataset.name
         configuration = self.args.configuration
         trained = results / f"{ZEPT_TRAINER}__{plans}__{configuration}"
@@ -171,22 +188,26 @@ class Workspace:
             self.run(seed, name, "nnUNetv2_train", *which, "-device", self.args.device, *going_on)
         if not grown.is_dir():
             self.run(seed, name, "zept", "add-tumor", trained, "--declared")
-        for split in splits:
-            folder, out = self.images(dataset)[split], self.predictions(name, seed, split)
+        for split in splits or images:
+            folder, out = images[split], self.predictions(name, seed, split)
             self.run(seed, name, "zept", "predict", "-m", grown, "-f", "0", "-i", folder, "-o", out, "--save_scores",
                      "--continue_prediction", "--disable_tta", "-device", self.args.device, "-npp", "1", "-nps",
                      "1")  # fmt: skip
 
     def evaluate(self, method: str, seed: int) -> pd.DataFrame:
         """The aggregate rows of `zept evaluate` for one run."""
-        out = self.folder / "runs" / self.budget / method / f"seed{seed}" / "report"
+        out = self.predictions(method, seed, self.test).with_name(self.test.replace("test", "report"))
         if not (out / "metrics.csv").is_file():
             validation = self.predictions(method, seed, "validation")
             calibration = ["--calibration", validation] if validation.is_dir() and self.can_calibrate() else []
             strata = self.strata()
+            references = ["-d", str(self.dataset_id)]
+            if self.args.test_cases:
+                references = ["-r", str(self.folder / self.test / "labelsTs")]
+                calibration = []  # what wants a matched threshold is figured with all test cases
             flags = [*calibration, *(["--strata", strata] if strata else []), "--bootstrap", "200"]
-            self.run(seed, method, "zept", "evaluate", "-d", str(self.dataset_id), "-i",
-                     self.predictions(method, seed, "test"), "-o", out, *flags, "--disable_progress_bar")  # fmt: skip
+            self.run(seed, method, "zept", "evaluate", *references, "-i", self.predictions(method, seed, self.test),
+                     "-o", out, *flags, "--disable_progress_bar")  # fmt: skip
         return pd.read_csv(out / "metrics.csv")
 
     def can_calibrate(self) -> bool:
@@ -237,6 +258,7 @@ def arguments(description: str | None, names: tuple[str, ...], kind: str) -> arg
     parser.add_argument("--epochs", type=int, help="default: 20, unless --minutes is given")
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--minutes", type=float, help="train for this wall-clock time instead of --epochs")
+    parser.add_argument("--test-cases", type=int, metavar="N", help="predict every so many test cases, N in all")
     parser.add_argument("--device", default=None, choices=("cuda", "cpu", "mps"), help="default: cuda if there is one")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--workspace", type=Path, default=Path("zept_zero_shot"))
@@ -324,6 +346,7 @@ def measure(
     args = workspace.args
     settings = {"phantom": phantom_of(dataset)["version"], "size": args.size, "configuration": args.configuration}
     settings |= {"epochs": args.epochs, "iterations": args.iterations, "minutes": args.minutes}
+    settings |= {"test_cases": args.test_cases}
     done = pd.read_csv(results) if results.is_file() else pd.DataFrame(columns=KEY)
     done = done[matches(done, settings)]
     runs = [(m, s) for s in range(args.seeds) for m in methods]

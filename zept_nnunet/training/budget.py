@@ -159,6 +159,16 @@ class Budgeted(nnUNetTrainer):
             self.num_epochs = self.current_epoch
             self.on_train_end()
 
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, without mirroring: no comparison reads it, and eight passes a patch take minutes on a CPU."""
+        name = "inference_allowed_mirroring_axes"  # nnU-Net declares no type
+        axes = getattr(self, name)
+        setattr(self, name, None)
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            setattr(self, name, axes)
+
 
 class _ScheduleOverTime:
     """nnU-Net's schedule, asked for the elapsed share of the training instead of the epoch."""
