@@ -107,8 +107,8 @@ def test_final_unseen_types_stay_out_of_the_table_until_they_are_asked_for(scrip
     ]
     report = pd.DataFrame({"case": "mean", "class": names, "seen": True, "scope": "host", "metric": "auroc"})
     report = report.assign(value=0.5, unit="fraction", ci_low=0.4, ci_high=0.6)
-    args = argparse.Namespace(size="tiny", configuration="2d", epochs=1, iterations=1, minutes=None, test_cases=None, seeds=2, jobs=1,
-                              device="cpu")  # fmt: skip
+    args = argparse.Namespace(size="tiny", configuration="2d", epochs=1, iterations=1, minutes=None, test_cases=None,
+                              seeds=2, jobs=1, device="cpu")  # fmt: skip
     workspace = SimpleNamespace(args=args, evaluate=lambda method, seed: report)
     runs: list[tuple[str, int]] = []
 
