@@ -16,6 +16,7 @@ COMMANDS = (
     "doctor",
     "taxonomy",
     "knowledge",
+    "prepare",
     "merge",
     "plan",
     "add_tumor",

@@ -49,8 +49,8 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check and show everything; then write, unless it is a dry run."""
-    raw = _folder("nnUNet_raw")
-    preprocessed = None if args.dry_run else _folder("nnUNet_preprocessed")
+    raw = folder_of("nnUNet_raw")
+    preprocessed = None if args.dry_run else folder_of("nnUNet_preprocessed")
 
     from zept_nnunet.datasets.merge import Merge, MergeMap, MergeSource
     from zept_nnunet.datasets.same_scan import groups_of
@@ -82,7 +82,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _folder(variable: str) -> Path:
+def folder_of(variable: str) -> Path:
+    """One of nnU-Net's folders.
+
+    Raises:
+        ZePTError: the environment variable is not set.
+    """
     if not os.environ.get(variable):
         raise ZePTError(f"the environment variable {variable} is not set: export {variable}=FOLDER")
     return Path(os.environ[variable])

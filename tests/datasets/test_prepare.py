@@ -1,0 +1,367 @@
+"""Each recipe on a small tree that imitates the official layout; wrong and incomplete trees."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from zept_nnunet.cli import main
+from zept_nnunet.datasets.prepare import expected_cases, labels_of, recipes
+from zept_nnunet.taxonomy import Taxonomy
+
+SHAPE = (4, 6, 8)
+SPACING = (0.8, 0.9, 2.5)
+
+
+@pytest.fixture
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+        monkeypatch.setattr(f"nnunetv2.paths.{name}", str(tmp_path / name), raising=False)
+    return tmp_path / "nnUNet_raw"
+
+
+def nifti(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(SPACING)
+    sitk.WriteImage(image, str(path))
+
+
+def ct(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-900, 900, SHAPE).astype(np.int16)
+
+
+def labels(values: list[int]) -> np.ndarray:
+    """A label map that holds each value, one voxel at least."""
+    array = np.zeros(SHAPE, np.uint8)
+    array.ravel()[1 : 1 + len(values)] = values
+    return array
+
+
+def dicom(folder: Path, array: np.ndarray, ending: str = ".dcm") -> None:
+    """A series of one file a slice, written from the feet up under names that say nothing of their order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    uid = f"1.2.826.0.1.{abs(hash(str(folder))) % 10**9}"
+    for z, slice_ in enumerate(array):
+        image = sitk.GetImageFromArray(slice_[None])
+        image.SetSpacing(SPACING)
+        image.SetOrigin((0.0, 0.0, z * SPACING[2]))
+        for tag, value in (
+            ("0020|000e", uid),
+            ("0020|000d", uid + ".1"),
+            ("0008|0018", f"{uid}.2.{z}"),
+            ("0020|0032", f"0\\0\\{z * SPACING[2]}"),
+            ("0020|0037", "1\\0\\0\\0\\1\\0"),
+            ("0008|0060", "CT"),
+            ("0020|0013", str(z)),
+        ):
+            image.SetMetaData(tag, value)
+        path = folder / f"{(z * 7 + 3) % 10}_slice.dcm"
+        writer.SetFileName(str(path))
+        writer.Execute(image)
+        if ending != ".dcm":
+            path.rename(path.with_suffix(ending))
+
+
+def files(image: str, label: str, cases: list[str], values: list[int]) -> Callable[[Path], None]:
+    """A layout of pairs: patterns with {} for the case."""
+
+    def write(root: Path) -> None:
+        for i, case in enumerate(cases):
+            nifti(root / image.format(case), ct(i))
+            nifti(root / label.format(case), labels(values))
+
+    return write
+
+
+def btcv(root: Path) -> None:
+    files("RawData/Training/img/img{}.nii.gz", "RawData/Training/label/label{}.nii.gz",
+          expected_cases(recipes()["BTCV"]), list(range(1, 14)))(root)  # fmt: skip
+    nifti(root / "RawData/Testing/img/img0061.nii.gz", ct())
+
+
+def pancreas_ct(root: Path) -> None:
+    for i, case in enumerate(expected_cases(recipes()["Pancreas-CT"])):
+        dicom(root / f"Pancreas-CT/PANCREAS_{case}/11-24-2015-x/Pancreas-{i}", ct(i))
+        nifti(root / f"TCIA_pancreas_labels-02-05-2017/label{case}.nii.gz", labels([1]))
+
+
+def chaos(root: Path) -> None:
+    for case in ("1", "14"):
+        dicom(root / f"Train_Sets/CT/{case}/DICOM_anon", ct())
+        (root / f"Train_Sets/CT/{case}/Ground").mkdir()
+        for z in range(SHAPE[0]):
+            slice_ = sitk.GetImageFromArray(labels([255, 255])[z])
+            sitk.WriteImage(slice_, str(root / f"Train_Sets/CT/{case}/Ground/liver_GT_{z:03d}.png"))
+    dicom(root / "Test_Sets/CT/3/DICOM_anon", ct())
+
+
+def ircadb(root: Path) -> None:
+    for i in range(1, 21):
+        folder = root / f"3Dircadb1/3Dircadb1.{i}"
+        dicom(folder / "PATIENT_DICOM", ct(i), "")
+        for j, name in enumerate(("liver", "skin", *(("livertumor01", "livertumor02") if i % 2 else ()))):
+            dicom(folder / "MASKS_DICOM" / name, (labels([0] * j + [255]) > 0).astype(np.int16) * 255, "")
+
+
+def word(root: Path) -> None:
+    for part, case in (("Tr", "word_0002"), ("Val", "word_0001"), ("Ts", "word_0003")):
+        files(f"WORD-V0.1.0/images{part}/{{}}.nii.gz", f"WORD-V0.1.0/labels{part}/{{}}.nii.gz", [case],
+              list(range(1, 17)))(root)  # fmt: skip
+
+
+def amos(root: Path) -> None:
+    for part, case in (("Tr", "amos_0001"), ("Va", "amos_0008"), ("Tr", "amos_0507")):
+        files(f"amos22/images{part}/{{}}.nii.gz", f"amos22/labels{part}/{{}}.nii.gz", [case], list(range(1, 16)))(root)
+    nifti(root / "amos22/imagesTs/amos_0002.nii.gz", ct())
+
+
+def totalsegmentator(root: Path) -> None:
+    for case in ("s0000", "s0011"):
+        nifti(root / f"Totalsegmentator_dataset_v201/{case}/ct.nii.gz", ct())
+        for i, name in enumerate(labels_of(recipes()["TotalSegmentator"])):
+            mask = np.zeros(SHAPE, np.uint8)
+            mask.ravel()[i] = 1
+            nifti(root / f"Totalsegmentator_dataset_v201/{case}/segmentations/{name}.nii.gz", mask)
+    (root / "Totalsegmentator_dataset_v201/meta.csv").write_text("image_id;split\n")
+
+
+def abdomen_1k(root: Path) -> None:
+    files("AbdomenCT-1K-ImagePart1/{}_0000.nii.gz", "Mask/{}.nii.gz", ["Case_00001", "Case_00002"], [1, 2, 3, 4])(root)
+    nifti(root / "AbdomenCT-1K-ImagePart3/Case_00999_0000.nii.gz", ct())
+
+
+def flare(root: Path) -> None:
+    cases = expected_cases(recipes()["FLARE22"])
+    files("FLARE22Train/images/{}_0000.nii.gz", "FLARE22Train/labels/{}.nii.gz", cases, list(range(1, 14)))(root)
+
+
+LAYOUTS: dict[str, Callable[[Path], None]] = {
+    "LiTS": files("Training Batch 1/volume-{}.nii", "Training Batch 1/segmentation-{}.nii",
+                  [str(i) for i in range(131)], [1, 2]),
+    "KiTS23": files("dataset/{}/imaging.nii.gz", "dataset/{}/segmentation.nii.gz",
+                    ["case_00000", "case_00587"], [1, 2, 3]),
+    "BTCV": btcv,
+    "Pancreas-CT": pancreas_ct,
+    "CHAOS": chaos,
+    "3D-IRCADb-01": ircadb,
+    "WORD": word,
+    "AbdomenCT-1K": abdomen_1k,
+    "AMOS22": amos,
+    "CT-ORG": files("volume-{}.nii.gz", "labels-{}.nii.gz", [str(i) for i in range(140)], [1, 2, 3, 4, 5, 6]),
+    "FLARE22": flare,
+    "TotalSegmentator": totalsegmentator,
+    "one-tumor": files("images/{}.nii.gz", "labels/{}.nii.gz", ["a", "b"], [1]),
+}  # fmt: skip
+CASES = {"LiTS": 131, "BTCV": 30, "Pancreas-CT": 80, "3D-IRCADb-01": 20, "CT-ORG": 140, "FLARE22": 50}
+MSD = [name for name, recipe in recipes().items() if recipe["kind"] == "msd"]
+
+
+def test_every_recipe_is_tested_and_says_where_its_facts_come_from() -> None:
+    assert set(LAYOUTS) | set(MSD) == set(recipes())
+    for name, recipe in recipes().items():
+        assert recipe["pitfalls"] and recipe["license"] and recipe["citation"], name
+        assert name == "one-tumor" or recipe["source"].startswith("http")
+        assert recipe["tested_on_download"] is False
+
+
+def prepared(raw: Path, name: str, *flags: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The dataset, its dataset.json, and its cases as nnU-Net finds them."""
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    source = raw.parent / "download"
+    assert main(["prepare", name, str(source), "-d", "150", *flags]) == 0
+    folder = next(raw.glob("Dataset150_*"))
+    content = json.loads((folder / "dataset.json").read_text())
+    return folder, content, get_filenames_of_train_images_and_targets(str(folder), dict(content))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_an_official_layout_becomes_a_raw_dataset(raw: Path, name: str) -> None:
+    LAYOUTS[name](raw.parent / "download")
+    _, content, cases = prepared(raw, name)
+    assert len(cases) == content["numTraining"] == CASES.get(name, 2)
+    values = list(content["labels"].values())
+    assert values == list(range(len(values))) and len(values) == len(labels_of(recipes()[name])) + 1
+    Taxonomy.from_dataset_json(content)
+    seen = set()
+    for case in list(cases.values())[:3]:
+        image, label = (sitk.ReadImage(str(p)) for p in (case["images"][0], case["label"]))
+        assert image.GetSize() == label.GetSize() == SHAPE[::-1]
+        assert np.allclose(image.GetSpacing(), SPACING) and np.allclose(label.GetSpacing(), SPACING)
+        seen |= set(np.unique(sitk.GetArrayFromImage(label)).tolist())
+    assert seen >= ({0, 1, 3} if name == "3D-IRCADb-01" else set(values)), "every label keeps its voxels"
+    assert content["zept_recipe"]["recipe"] == name and content["zept_recipe"]["license"]
+
+
+def test_dicom_slices_are_stacked_by_position_and_masks_by_structure(raw: Path) -> None:
+    ircadb(raw.parent / "download")
+    _, content, cases = prepared(raw, "3D-IRCADb-01")
+    assert content["labels"] == {"background": 0, "liver": 1, "liver cyst": 2, "liver tumor": 3}
+    image = sitk.GetArrayFromImage(sitk.ReadImage(str(cases["1"]["images"][0])))
+    assert np.array_equal(image, ct(1))
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(cases["1"]["label"]))).ravel()
+    assert label[:6].tolist() == [0, 1, 0, 3, 3, 0]  # liver, skin (left out), two tumor masks
+
+
+def test_pancreas_labels_are_put_on_the_images_grid(raw: Path) -> None:
+    pancreas_ct(raw.parent / "download")
+    _, _, cases = prepared(raw, "Pancreas-CT")
+    image, label = (sitk.ReadImage(str(p)) for p in (cases["0001"]["images"][0], cases["0001"]["label"]))
+    assert image.GetOrigin() == label.GetOrigin() and image.GetDirection() == label.GetDirection()
+    assert np.array_equal(sitk.GetArrayFromImage(label), labels([1])[:, ::-1])
+
+
+def test_test_images_and_their_labels_come_along_where_published(raw: Path) -> None:
+    word(raw.parent / "download")
+    folder, _, _ = prepared(raw, "WORD")
+    assert [p.name for p in (folder / "imagesTs").iterdir()] == ["word_0003_0000.nii.gz"]
+    assert [p.name for p in (folder / "labelsTs").iterdir()] == ["word_0003.nii.gz"]
+
+
+def test_ones_own_tumor_gets_its_name(raw: Path) -> None:
+    LAYOUTS["one-tumor"](raw.parent / "download")
+    _, content, _ = prepared(raw, "one-tumor", "--tumor", "colon tumor")
+    assert content["labels"] == {"background": 0, "colon tumor": 1}
+    assert content["zept"]["tumors"] == {"colon tumor": {"hosts": []}}
+
+
+# ---------------------------------------------------------------------------------------------------- wrong trees
+@pytest.mark.parametrize("name", [n for n, r in recipes().items() if r["kind"] != "msd"])
+def test_an_empty_tree_is_refused_by_the_first_file_that_is_missing(raw: Path, name: str, capsys: Any) -> None:
+    (raw.parent / "download").mkdir()
+    assert main(["prepare", name, str(raw.parent / "download"), "-d", "150"]) == 1
+    error = capsys.readouterr().err
+    first = (expected_cases(recipes()[name]) or ["CASE"])[0]
+    assert re.search(rf"holds no \S*{re.escape(first)}", error), error
+    assert not list(raw.iterdir())
+
+
+INCOMPLETE = {
+    "LiTS": ("Training Batch 1/volume-17.nii", "volume-17.nii"),
+    "KiTS23": ("dataset/case_00000/imaging.nii.gz", "case_00000/imaging.nii.gz"),
+    "BTCV": ("RawData/Training/label/label0021.nii.gz", "label/label0021.nii.gz"),
+    "TotalSegmentator": ("Totalsegmentator_dataset_v201/s0011/segmentations/liver.nii.gz",
+                         "s0011/segmentations/liver.nii.gz"),
+    "WORD": ("WORD-V0.1.0/labelsVal/word_0001.nii.gz", "word_0001.nii.gz"),
+    "FLARE22": ("FLARE22Train/images/FLARE22_Tr_0050_0000.nii.gz", "images/FLARE22_Tr_0050_0000.nii.gz"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_an_incomplete_tree_is_refused_by_the_first_file_that_is_missing(raw: Path, name: str, capsys: Any) -> None:
+    removed, named = INCOMPLETE[name]
+    LAYOUTS[name](raw.parent / "download")
+    (raw.parent / "download" / removed).unlink()
+    assert main(["prepare", name, str(raw.parent / "download"), "-d", "150"]) == 1
+    assert f"{named} is missing" in capsys.readouterr().err
+    assert not list(raw.iterdir())
+
+
+def test_a_part_of_a_download_will_do_where_that_is_said(raw: Path) -> None:
+    LAYOUTS["LiTS"](raw.parent / "download")
+    for i in range(2, 131):
+        for kind in ("volume", "segmentation"):
+            (raw.parent / f"download/Training Batch 1/{kind}-{i}.nii").unlink()
+    _, content, _ = prepared(raw, "LiTS", "--partial")
+    assert content["numTraining"] == 2
+
+
+def test_other_label_values_and_other_grids_are_refused(raw: Path, capsys: Any) -> None:
+    root = raw.parent / "download"
+    LAYOUTS["KiTS23"](root)
+    path = root / "dataset/case_00587/segmentation.nii.gz"
+    nifti(path, labels([1, 2, 3, 7]))
+    assert main(["prepare", "KiTS23", str(root), "-d", "150"]) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error and "[7]" in error and not list(raw.iterdir())
+    nifti(path, np.zeros((2, 2, 2), np.uint8))
+    assert main(["prepare", "KiTS23", str(root), "-d", "150"]) == 1
+    assert "(2, 2, 2) voxels" in capsys.readouterr().err and not list(raw.iterdir())
+
+
+def test_bad_arguments_are_refused(raw: Path, capsys: Any) -> None:
+    root = raw.parent / "download"
+    LAYOUTS["one-tumor"](root)
+    (raw / "Dataset151_Taken").mkdir()
+    for arguments, words in (
+        (["LITSS", str(root), "-d", "150"], "there is no recipe"),
+        (["lits", str(root)], "wanted both"),
+        (["lits", str(root / "nowhere"), "-d", "150"], "is no folder"),
+        (["KiTS23", str(root), "-d", "150", "--tumor", "x tumor"], "--tumor is for one-tumor"),
+        (["one-tumor", str(root), "-d", "0x"], "wants an ID"),
+        (["one-tumor", str(root), "-d", "151"], "belongs to Dataset151_Taken"),
+    ):
+        assert main(["prepare", *arguments]) == 1
+        assert words in capsys.readouterr().err
+    assert main(["prepare"]) == 0 and "Decathlon" in capsys.readouterr().out
+    assert main(["prepare", "LiTS"]) == 0 and "NOT YET RUN on the real download" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- MSD
+def decathlon(name: str, root: Path) -> Path:
+    """The task's folder as unpacked, one training case and one test image."""
+    recipe = recipes()[name]
+    folder = root / recipe["task"]
+    title = recipe["task"].split("_")[1].lower()
+    training = [{"image": f"./imagesTr/{title}_001.nii.gz", "label": f"./labelsTr/{title}_001.nii.gz"}]
+    nifti(folder / training[0]["image"], ct())
+    nifti(folder / training[0]["label"], labels(list(recipe["written"])))
+    nifti(folder / f"imagesTs/{title}_002.nii.gz", ct())
+    content = {
+        "name": title,
+        "description": "",
+        "reference": "",
+        "licence": "CC-BY-SA 4.0",
+        "release": "1.0",
+        "tensorImageSize": "3D",
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", **{str(v): label for v, label in recipe["written"].items()}},
+        "numTraining": 1,
+        "numTest": 1,
+        "training": training,
+        "test": [f"./imagesTs/{title}_002.nii.gz"],
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MSD)
+def test_the_decathlon_goes_through_nnunets_own_converter(tmp_path: Path, name: str) -> None:
+    from tests.commands import Workspace
+
+    workspace = Workspace(tmp_path)
+    folder = decathlon(name, tmp_path)
+    workspace.run("zept", "prepare", name, folder, "-d", "150", "-np", "1")
+    made = next(workspace.raw.glob("Dataset150_*"))
+    content = json.loads((made / "dataset.json").read_text())
+    assert list(content["labels"])[1:] == list(recipes()[name]["labels"]) and content["numTraining"] == 1
+    assert len(list((made / "imagesTr").glob("*_0000.nii.gz"))) == len(list((made / "labelsTr").iterdir())) == 1
+    assert len(list((made / "imagesTs").iterdir())) == 1
+    assert "no organ" not in workspace.run("zept", "taxonomy", "-d", "150")
+
+
+def test_a_decathlon_task_that_is_another_or_incomplete_is_refused(raw: Path, capsys: Any) -> None:
+    folder = decathlon("MSD-Liver", raw.parent)
+    assert main(["prepare", "MSD-Spleen", str(folder), "-d", "150"]) == 1
+    assert "is not called Task09_Spleen" in capsys.readouterr().err
+    (folder / "labelsTr/liver_001.nii.gz").unlink()
+    assert main(["prepare", "MSD-Liver", str(folder), "-d", "150"]) == 1
+    assert "labelsTr/liver_001.nii.gz is missing" in capsys.readouterr().err
+    content = json.loads((folder / "dataset.json").read_text())
+    content["labels"]["2"] = "lesion"
+    (folder / "dataset.json").write_text(json.dumps(content))
+    assert main(["prepare", "MSD-Liver", str(folder), "-d", "150"]) == 1
+    assert "names the labels" in capsys.readouterr().err and not list(raw.iterdir())

@@ -1,0 +1,368 @@
+"""From the official download of a public dataset to a raw dataset of nnU-Net, by a recipe (`recipes.yaml`).
+
+Images that nnU-Net can read stay where they are and are referred to by `"dataset"` in dataset.json; DICOM and PNG
+become NIfTI. Every label file is read once: a value that the recipe does not know, or a grid that is not the image's,
+stops it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import yaml
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from zept_nnunet.datasets.model_organs import class_map
+from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.names import infer_hosts, infer_is_tumor
+from zept_nnunet.taxonomy import Taxonomy
+
+KEY = "zept_recipe"
+"""Where a prepared dataset.json says where it comes from."""
+ENDING = ".nii.gz"
+_NIFTI = (".nii.gz", ".nii")
+_ABOUT = ("title", "source", "license", "citation", "pitfalls", "tested_on_download")
+
+
+@cache
+def recipes() -> dict[str, dict[str, Any]]:
+    """Name → recipe, as `recipes.yaml` has it."""
+    text = (resources.files("zept_nnunet.datasets") / "recipes.yaml").read_text(encoding="utf-8")
+    content: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return content
+
+
+def labels_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Class → its value, or its masks' names, in the download; ascending as nnU-Net's labels will be."""
+    labels = recipe["labels"]
+    return {name: [name] for name in class_map()} if isinstance(labels, str) else dict(labels)
+
+
+@dataclass
+class Case:
+    """The files of one case, image first."""
+
+    image: list[Path] = field(default_factory=list)
+    label: dict[str, list[Path]] = field(default_factory=dict)  # mask name → files; "" where one file holds all
+
+
+def expression(pattern: str, case_pattern: str = "[^/]+?") -> re.Pattern[str]:
+    """A pattern of `recipes.yaml` as a regular expression for a path in the download."""
+    parts = re.split(r"(\*\*/|\*|\{case\}|\{name\}|\{\w+:[^}]*\})", pattern)
+    known = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "{case}": f"(?P<case>{case_pattern})", "{name}": "(?P<name>[^/]+)"}
+    written = []
+    for part in parts:
+        choice = re.fullmatch(r"\{(\w+):([^}]*)\}", part)
+        written.append(f"(?:{choice[2]})" if choice else known.get(part, re.escape(part)))
+    return re.compile("".join(written))
+
+
+def shown(pattern: str, case: str, name: str = "…") -> str:
+    """What a file of a pattern would be called."""
+    text = pattern.replace("**/", "").replace("{case}", case).replace("{name}", name)
+    return re.sub(r"\{\w+:([^}|]*)[^}]*\}", r"\1", text)
+
+
+def expected_cases(recipe: Mapping[str, Any]) -> list[str]:
+    """The identifiers that a complete download holds; none where the recipe does not say."""
+    cases = recipe.get("cases")
+    if cases is None:
+        return []
+    ranges = cases.get("ranges") or [[cases["first"], cases["last"]]]
+    return [cases["format"].format(n) for first, last in ranges for n in range(first, last + 1)]
+
+
+def find_cases(source: Path, recipe: Mapping[str, Any], partial: bool = False) -> dict[str, Case]:
+    """Every case of a download.
+
+    Args:
+        partial: a part of the download will do.
+
+    Raises:
+        ZePTError: nothing of it is there, or a file is missing; names the first missing one.
+    """
+    files = sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("."))
+    relative = {p: p.relative_to(source).as_posix() for p in files}
+    found = _match(recipe["image"], recipe["label"], recipe, relative)
+    complete = {case: files for case, files in found.items() if files.image}
+    wanted = expected_cases(recipe)
+    if not complete:
+        first = wanted[0] if wanted else "CASE"
+        raise ZePTError(
+            f"{source} holds no {shown(recipe['image'], first)}: that is not the layout of the official download "
+            f"({recipe['source']})"
+        )
+    for case in [] if partial else wanted:
+        if case not in complete:
+            raise ZePTError(
+                f"{source}: {shown(recipe['image'], case)} is missing (found {len(complete)} of {len(wanted)} images). "
+                "Download the rest, or go on with what is there: --partial"
+            )
+    for case, its in sorted(found.items()):
+        if not its.image:
+            raise ZePTError(f"{source}: {shown(recipe['image'], case)} is missing, whose label is there")
+        if not its.label and recipe.get("images_without_label") != "skip":
+            raise ZePTError(f"{source}: {shown(recipe['label'], case)} is missing, whose image is there")
+        if recipe["kind"] == "masks":
+            names = [n for masks in labels_of(recipe).values() for n in masks]
+            missing = [n for n in names if n not in its.label]
+            if missing:
+                raise ZePTError(f"{source}: {shown(recipe['label'], case, missing[0])} is missing")
+    kept = {case: its for case, its in sorted(found.items()) if its.label}
+    if not kept:
+        raise ZePTError(f"{source}: {shown(recipe['label'], sorted(complete)[0])} is missing; no image has a label")
+    return kept
+
+
+def _match(image: str, label: str | None, recipe: Mapping[str, Any], relative: Mapping[Path, str]) -> dict[str, Case]:
+    case_pattern = recipe.get("case_pattern", "[^/]+?")
+    found: dict[str, Case] = {}
+    expressions = [(expression(p, case_pattern), p) for p in (image, label) if p]
+    for path, name in relative.items():
+        for index, (regex, _) in enumerate(expressions):
+            match = regex.fullmatch(name)
+            if match is None:
+                continue
+            case = found.setdefault(match["case"], Case())
+            if index == 0:
+                case.image.append(path)
+            else:
+                case.label.setdefault(match.groupdict().get("name") or "", []).append(path)
+            break
+    return found
+
+
+def prepare(name: str, source: Path, target: Path, tumor: str | None = None, partial: bool = False) -> int:
+    """Write the raw dataset; returns the number of training cases.
+
+    Args:
+        name: of a recipe.
+        source: the folder of the download.
+        target: folder of the new dataset, which does not exist.
+        tumor: of "one-tumor", the name of its class.
+        partial: a part of the download will do.
+
+    Raises:
+        ZePTError: as `find_cases`; a label file holds another value than the recipe knows or lies on another grid.
+    """
+    recipe = dict(recipes()[name])
+    if tumor is not None:
+        recipe["labels"] = {tumor: 1}
+    labels = {"background": 0, **{label: i for i, label in enumerate(labels_of(recipe), start=1)}}
+    cases = find_cases(source, recipe, partial)
+    with new_dataset(target) as scratch:
+        mapping = {
+            f"{case}": _write_case(recipe, case, files, scratch, target)
+            for case, files in tqdm(cases.items(), desc=target.name, unit="case")
+        }
+        _write_tests(recipe, source, scratch)
+        content = dataset_json(name, recipe, labels, source) | {"numTraining": len(mapping), "dataset": mapping}
+        Taxonomy.from_dataset_json(content)
+        write_dataset_json(scratch, content)
+    return len(mapping)
+
+
+def dataset_json(name: str, recipe: Mapping[str, Any], labels: Mapping[str, int], source: Path) -> dict[str, Any]:
+    """The dataset.json but for its cases."""
+    organs = [n for n in labels if n != "background" and not infer_is_tumor(n)]
+    hosts = {
+        n: list(recipe.get("hosts", {}).get(n) or infer_hosts(n, organs))
+        for n in labels
+        if n != "background" and infer_is_tumor(n)
+    }
+    return {
+        "channel_names": {"0": "CT"},
+        "labels": dict(labels),
+        "file_ending": ENDING,
+        "zept": {"organs": organs, "tumors": {n: {"hosts": h} for n, h in hosts.items()}},
+        KEY: {"recipe": name, "folder": str(source.resolve()), **{k: recipe[k] for k in _ABOUT}},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- one case
+def _write_case(recipe: Mapping[str, Any], case: str, files: Case, scratch: Path, target: Path) -> dict[str, Any]:
+    """Write what must be written of a case; returns its entry in `"dataset"`."""
+    reference = read_image(files.image)
+    if len(files.image) == 1 and files.image[0].name.endswith(_NIFTI):
+        image = os.path.relpath(files.image[0].resolve(), target)
+    else:
+        image = f"imagesTr/{case}_0000{ENDING}"
+        _write(reference, scratch / image)
+    values, keeps = read_labels(recipe, case, files, reference)
+    own = files.label.get("", [])
+    if keeps and len(own) == 1 and own[0].name.endswith(_NIFTI):
+        return {"images": [image], "label": os.path.relpath(own[0].resolve(), target)}
+    label = sitk.GetImageFromArray(values)
+    label.CopyInformation(reference)
+    _write(label, scratch / f"labelsTr/{case}{ENDING}")
+    return {"images": [image], "label": f"labelsTr/{case}{ENDING}"}
+
+
+def read_labels(recipe: Mapping[str, Any], case: str, files: Case, reference: Any) -> tuple[np.ndarray, bool]:
+    """A case's labels as nnU-Net will see them (z, y, x) uint8, and whether the file holds just that.
+
+    Raises:
+        ZePTError: an unknown value, another grid, or a mask that is missing.
+    """
+    shape, labels = tuple(reversed(reference.GetSize())), labels_of(recipe)
+    result = np.zeros(shape, np.uint8)
+    if "" in files.label:
+        path = files.label[""][0]
+        array = _array(files.label[""], shape, recipe.get("flip_label") == "slices")
+        table = {0: 0}
+        for new, wanted in enumerate(labels.values(), start=1):
+            table |= {int(v): new for v in (wanted if isinstance(wanted, list) else [wanted])}
+        unknown = sorted(set(np.unique(array).tolist()) - set(table))
+        if unknown:
+            raise ZePTError(
+                f"{path}: the values {unknown} are not those of the recipe, {sorted(table)}. Label values changed "
+                "between releases, or this is another dataset"
+            )
+        for old, new in table.items():
+            result[array == old] = new
+        changed = any(old != new for old, new in table.items()) or recipe.get("flip_label")
+        return result, not changed
+    for new, patterns in enumerate(labels.values(), start=1):
+        for name, mask in sorted(files.label.items()):
+            if any(fnmatchcase(name, p) for p in patterns):
+                result[_array(mask, shape) > 0] = new
+    return result, False
+
+
+def _array(paths: Sequence[Path], shape: tuple[int, ...], flip: bool = False) -> np.ndarray:
+    """Integer label values (z, y, x)."""
+    image = read_image(paths)
+    array = np.rint(sitk.GetArrayFromImage(image)).astype(np.int64)
+    if array.ndim == 4:  # PNG slices with color channels
+        array = array.max(-1)
+    if array.shape != tuple(shape):
+        raise ZePTError(
+            f"{paths[0]}{' and the other slices' if len(paths) > 1 else ''}: {array.shape} voxels, but the image has "
+            f"{tuple(shape)}"
+        )
+    return array[:, ::-1] if flip else array
+
+
+def read_image(paths: Sequence[Path]) -> Any:
+    """A file, or the slices of one series (DICOM by position, others by name).
+
+    Raises:
+        ZePTError: they cannot be read.
+    """
+    try:
+        if len(paths) == 1:
+            return sitk.ReadImage(str(paths[0]))
+        reader = sitk.ImageSeriesReader()
+        names = [str(p) for p in sorted(paths)]
+        if paths[0].suffix.lower() != ".png":
+            names = _series(paths)
+        reader.SetFileNames(names)
+        return reader.Execute()
+    except RuntimeError as error:
+        raise ZePTError(f"{paths[0]} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _series(paths: Sequence[Path]) -> list[str]:
+    """The longest DICOM series in the folder, its slices in the order of their positions."""
+    folder, wanted = str(paths[0].parent), {str(p) for p in paths}
+    reader = sitk.ImageSeriesReader()
+    series = [reader.GetGDCMSeriesFileNames(folder, uid) for uid in reader.GetGDCMSeriesIDs(folder)]
+    longest = max(series, key=len, default=())
+    if not wanted.issuperset(longest) or not longest:
+        raise ZePTError(f"{folder} holds no readable DICOM series")
+    return list(longest)
+
+
+def _write(image: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+
+
+def _write_tests(recipe: Mapping[str, Any], source: Path, scratch: Path) -> None:
+    """imagesTs, and labelsTs where the labels are published: links, or NIfTI where the download has another format."""
+    test = recipe.get("test")
+    if test is None:
+        return
+    relative = {p: p.relative_to(source).as_posix() for p in sorted(source.rglob("*")) if p.is_file()}
+    for case, files in _match(test["image"], test.get("label"), recipe, relative).items():
+        if not files.image:
+            continue
+        _link(files.image, scratch / "imagesTs" / f"{case}_0000{ENDING}")
+        if files.label:
+            values, keeps = read_labels(recipe, case, files, read_image(files.image))
+            path = scratch / "labelsTs" / f"{case}{ENDING}"
+            if keeps:
+                _link(files.label[""], path)
+            else:
+                label = sitk.GetImageFromArray(values)
+                label.CopyInformation(read_image(files.image))
+                _write(label, path)
+
+
+def _link(files: Sequence[Path], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(files) == 1 and files[0].name.endswith(ENDING):
+        path.symlink_to(files[0].resolve())
+    else:
+        _write(read_image(files), path)
+
+
+# ---------------------------------------------------------------------------------------------------- MSD
+def prepare_msd(name: str, source: Path, target: Path, processes: int) -> int:
+    """By nnU-Net's own converter, then the names and the `zept` block of the recipe.
+
+    Raises:
+        ZePTError: the folder is not the task's, or its dataset.json or a file differs from the recipe.
+    """
+    recipe = recipes()[name]
+    if source.name != recipe["task"]:
+        raise ZePTError(f"{source} is not called {recipe['task']}, as the unpacked download is")
+    path = source / "dataset.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        written = {int(value): str(label) for value, label in content["labels"].items() if int(value)}
+        training = [(entry["image"], entry["label"]) for entry in content["training"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ZePTError(f"{path} is missing or not that of the decathlon ({error!r})") from error
+    if {v: label.lower() for v, label in written.items()} != {v: t.lower() for v, t in recipe["written"].items()}:
+        raise ZePTError(f"{path} names the labels {written}, the recipe wants {recipe['written']}")
+    for file in (f for pair in training for f in pair):
+        if not (source / file).is_file():
+            raise ZePTError(f"{source / file} is missing, which {path.name} lists")
+    if not (source / "imagesTs").is_dir():
+        raise ZePTError(f"{source / 'imagesTs'} is missing")
+    from nnunetv2.dataset_conversion.convert_MSD_dataset import convert_msd_dataset
+
+    made = target.parent / f"{target.name[:10]}_{recipe['task'].split('_')[1]}"
+    convert_msd_dataset(str(source), int(target.name[7:10]), processes)
+    labels = {"background": 0, **recipe["labels"]}
+    nnunet = json.loads((made / "dataset.json").read_text(encoding="utf-8"))
+    write_dataset_json(made, nnunet | dataset_json(name, recipe, labels, source))
+    if made != target:
+        made.rename(target)
+    return int(nnunet["numTraining"])
+
+
+def about(name: str) -> str:
+    """What a recipe is, its source, licence, classes and pitfalls, to read."""
+    recipe = recipes()[name]
+    lines = [f"{name}: {recipe['title']}", f"  source    {recipe['source']}", f"  license   {recipe['license']}"]
+    lines += [f"  citation  {' '.join(recipe['citation'].split())}"]
+    labels = list(labels_of(recipe))
+    lines.append(f"  classes   {', '.join(labels[:16])}{', …' if len(labels) > 16 else ''}")
+    lines += [f"  - {pitfall}" for pitfall in recipe["pitfalls"]]
+    if not recipe["tested_on_download"]:
+        lines.append("  NOT YET RUN on the real download: look at some cases before you train")
+    return "\n".join(lines)
