@@ -2,8 +2,8 @@
 
 The Dice of a class is counted where the class is. Of an absent one it is 0 whatever is predicted, until the prediction
 is less than a millionth of a voxel; there it leaps to 1. With many rare classes, most of them absent from a patch, that
-leap pays more than finding the few that are present: in one of two trainings on the phantom the maps of abnormal tissue,
-and then those of tumors, fell to nothing (docs/method.md).
+leap pays more than finding the few that are present: in one of two trainings on the phantom the maps of abnormal
+tissue, and then those of tumors, fell to nothing (docs/method.md).
 """
 
 from __future__ import annotations
