@@ -108,6 +108,8 @@ class Workspace:
         self.plan(dataset)
         facts = phantom_of(dataset)["cases"]
         self.write_split(dataset, lambda case: not facts[case]["lesions"])
+        if self.args.test_cases:
+            self.link_test_cases(dataset)
         return dataset
 
     def plan(self, dataset: Path) -> None:
@@ -141,7 +143,7 @@ class Workspace:
 
     def images(self, dataset: Path) -> dict[str, Path]:
         """What is predicted: test images, and validation images for thresholds."""
-        test = self.some_test_cases(dataset) / "imagesTs" if self.args.test_cases else dataset / "imagesTs"
+        test = (self.folder / self.test if self.args.test_cases else dataset) / "imagesTs"
         return {self.test: test, "validation": self.folder / "validation_images"}
 
     @property
@@ -149,8 +151,8 @@ class Workspace:
         """The name of the predictions of the test images, or of some of them."""
         return f"test{self.args.test_cases or ''}"
 
-    def some_test_cases(self, dataset: Path) -> Path:
-        """A folder with links to images and references of every so many test cases."""
+    def link_test_cases(self, dataset: Path) -> None:
+        """Make a folder with links to images and references of every so many test cases."""
         cases = sorted(p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTs").glob("*.nii.gz"))
         count = min(self.args.test_cases, len(cases))
         folder = self.folder / self.test
@@ -159,7 +161,6 @@ class Workspace:
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if not link.exists():
                     link.symlink_to((dataset / link.parent.name / link.name).resolve())
-        return folder
 
     def train_and_predict(self, method: str, seed: int, dataset: Path) -> None:
         """Each step is skipped where its result is there."""
