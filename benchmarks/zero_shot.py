@@ -18,9 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -152,11 +154,11 @@ class Workspace:
         return f"test{self.args.test_cases or ''}"
 
     def link_test_cases(self, dataset: Path) -> None:
-        """Make a folder with links to images and references of every so many test cases."""
+        """Make a folder with links to images and references of some test cases, drawn once and for all."""
         cases = sorted(p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTs").glob("*.nii.gz"))
         count = min(self.args.test_cases, len(cases))
         folder = self.folder / self.test
-        for case in (cases[i * len(cases) // count] for i in range(count)):
+        for case in random.Random(0).sample(cases, count):  # not every so many: lesions come in turns
             for link in (folder / "imagesTs" / f"{case}_0000.nii.gz", folder / "labelsTs" / f"{case}.nii.gz"):
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if not link.exists():
@@ -219,7 +221,9 @@ class Workspace:
 
     def strata(self) -> Path | None:
         """Contrast-to-noise ratio of each test case's largest lesion of a class, in three bins; None: no strata."""
-        path = self.folder / "strata.csv"
+        path = self.folder / f"strata{self.args.test_cases or ''}.csv"
+        if path.is_file():
+            return path
         dataset = next((self.folder / "nnUNet_raw").glob(f"Dataset{PHANTOM}_*"))
         record = json.loads((dataset / "dataset.json").read_text())["zept_phantom"]
         rows = []
@@ -229,8 +233,11 @@ class Workspace:
                 ratio = largest["cnr"]
                 stratum = "CNR < 7" if ratio < 7 else "CNR 7-12" if ratio < 12 else "CNR > 12"
                 rows.append({"case": case, "class": name, "stratum": stratum})
-        test = {p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTs").glob("*.nii.gz")}
-        pd.DataFrame([r for r in rows if r["case"] in test]).to_csv(path, index=False)
+        references = (self.folder / self.test if self.args.test_cases else dataset) / "labelsTs"
+        test = {p.name.removesuffix(".nii.gz") for p in references.glob("*.nii.gz")}
+        partial = path.with_suffix(f".{threading.get_ident()}")  # runs may stand here side by side
+        pd.DataFrame([r for r in rows if r["case"] in test]).to_csv(partial, index=False)
+        partial.rename(path)
         return path
 
 
@@ -259,7 +266,7 @@ def arguments(description: str | None, names: tuple[str, ...], kind: str) -> arg
     parser.add_argument("--epochs", type=int, help="default: 20, unless --minutes is given")
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--minutes", type=float, help="train for this wall-clock time instead of --epochs")
-    parser.add_argument("--test-cases", type=int, metavar="N", help="predict every so many test cases, N in all")
+    parser.add_argument("--test-cases", type=int, metavar="N", help="predict N of the test cases alone")
     parser.add_argument("--device", default=None, choices=("cuda", "cpu", "mps"), help="default: cuda if there is one")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--workspace", type=Path, default=Path("zept_zero_shot"))
