@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from zept_nnunet.commands.trainers_path import trainers_path
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.jobs import executable
 
 DATASET_ID = 900
 CONFIGURATION, FOLD = "3d_fullres", "0"
@@ -178,7 +178,7 @@ def run_step(step: Step, counter: str, environment: Mapping[str, str], started: 
     elapsed = time.monotonic() - started
     shown = " ".join([*(f"{name}={value}" for name, value in step.variables), shlex.join(step.command)])
     print(f"\n=== {counter} {step.purpose} ({elapsed:.0f} s since the start)\n$ {shown}\n", flush=True)
-    command = [_executable(step.command[0]), *step.command[1:]]
+    command = [executable(step.command[0]), *step.command[1:]]
     try:
         code = subprocess.run(command, env={**environment, **dict(step.variables)}).returncode
     except OSError as error:
@@ -188,15 +188,6 @@ def run_step(step: Step, counter: str, environment: Mapping[str, str], started: 
             f"Step {counter} ({step.purpose}) ended with exit code {code}; its message stands above. "
             f"The command was: {shown}"
         )
-
-
-def _executable(name: str) -> str:
-    """The command of this very environment, else whatever PATH finds."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.is_file() else shutil.which(name)
-    if found is None:
-        raise ZePTError(f"Wanted the command {name} beside {sys.executable} or on PATH. Install zept-nnunet with pip.")
-    return found
 
 
 def _prepare_folder(folder: Path, *, overwrite: bool) -> None:

@@ -1,0 +1,127 @@
+"""Jobs run in order, a lost one is tried again, and a status file says how far they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.jobs import Job, Progress, check, read_status, run_here, run_on_cluster, status_table
+
+LOCAL = {"timeout_min": 5}
+
+
+def job(folder: Path, name: str, needs: tuple[str, ...] = (), script: str = "") -> Job:
+    """Notes when it ran, then leaves its file."""
+    text = (
+        f"import time, pathlib; p = pathlib.Path({str(folder)!r}); "
+        f"(p / 'order').open('a').write({name!r} + '\\n'); {script or 'pass'}; (p / {name!r}).write_text('done')"
+    )
+    command = (Path(sys.executable).name, "-c", text)
+    return Job(name, f"purpose of {name}", command, folder / "done" / name, needs, folder / name)
+
+
+def order(folder: Path) -> list[str]:
+    return (folder / "order").read_text().split()
+
+
+def test_jobs_run_one_after_the_other_and_what_is_done_is_left_out(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "a"), job(tmp_path, "b", ("a",)), job(tmp_path, "c", ("b",))]
+    run_here(jobs[:2], tmp_path / "out", {})
+    run_here(jobs, tmp_path / "out", {})
+    assert order(tmp_path) == ["a", "b", "c"]
+    assert {e["state"] for e in read_status(tmp_path / "out").values()} == {"done"}
+
+
+def test_a_command_that_fails_or_leaves_nothing_stops_it(tmp_path: Path) -> None:
+    python = Path(sys.executable).name
+    for code, words in (("raise SystemExit(3)", "exit status 3"), ("pass", "ended without")):
+        broken = Job("x", "p", (python, "-c", code), tmp_path / "marker", (), tmp_path / "never")
+        with pytest.raises(ZePTError, match=words):
+            run_here([broken, job(tmp_path, "y", ("x",))], tmp_path / "out", {})
+        states = {n: e["state"] for n, e in read_status(tmp_path / "out").items()}
+        assert states == {"x": "failed", "y": "waiting"}
+
+
+def test_jobs_that_could_never_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ZePTError, match="two jobs"):
+        check([job(tmp_path, "a"), job(tmp_path, "a")])
+    with pytest.raises(ZePTError, match="do not stand before it"):
+        check([job(tmp_path, "a", ("b",)), job(tmp_path, "b")])
+
+
+def test_what_needs_a_failed_job_is_skipped_however_far_away(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "a"), job(tmp_path, "b", ("a",)), job(tmp_path, "c", ("b",)), job(tmp_path, "d")]
+    progress = Progress(jobs, tmp_path / "out")
+    progress.set("a", "failed")
+    progress.skip_what_cannot_run()
+    assert progress.of("skipped") == ["b", "c"] and [j.name for j in progress.ready()] == ["d"]
+    table = status_table(read_status(tmp_path / "out"))
+    assert "1 waiting, 1 failed, 2 skipped" in table and "purpose of d" in table
+
+
+def test_a_status_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ZePTError, match=r"status\.json cannot be read"):
+        read_status(tmp_path)
+
+
+def kill_first(out: Path, name: str) -> None:
+    """Kill the first attempt's process group as a node that goes down would."""
+    for _ in range(600):
+        try:
+            entry = json.loads((out / "status.json").read_text())[name]
+            pid = int(entry["job_id"]) if entry["state"] == "running" else 0
+        except (OSError, KeyError, json.JSONDecodeError, ValueError):
+            pid = 0
+        if pid:
+            time.sleep(1.0)
+            os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.05)
+
+
+def test_a_job_that_is_killed_is_tried_again_and_the_others_wait_for_it(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    slow = "time.sleep(0 if (p / 'again').exists() else 20 * (not (p / 'again').touch()))"
+    jobs = [
+        job(tmp_path, "a"),
+        job(tmp_path, "b", ("a",), slow),
+        job(tmp_path, "c", ("b",)),
+        job(tmp_path, "d", ("a",)),
+    ]
+    out = tmp_path / "out"
+    killer = threading.Thread(target=kill_first, args=(out, "b"))
+    killer.start()
+    run_on_cluster(jobs, out, {"ZEPT_X": "1"}, "local", LOCAL, say=lambda line: None)
+    killer.join()
+    ran = order(tmp_path)
+    assert ran[0] == "a" and ran.count("b") == 2 and ran[-1] == "c" and ran.count("d") == 1
+    entries = read_status(out)
+    assert {e["state"] for e in entries.values()} == {"done"}
+    assert (entries["b"]["attempts"], entries["d"]["attempts"]) == (2, 1)
+
+
+def test_a_job_that_always_fails_is_given_up_with_its_log(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    broken = job(tmp_path, "a", script="raise SystemExit(2)")
+    with pytest.raises(ZePTError, match=r"\['a'\] failed in 2 attempts each, 1 jobs") as error:
+        run_on_cluster(
+            [broken, job(tmp_path, "b", ("a",)), job(tmp_path, "c")], tmp_path / "out", {}, "local", LOCAL,
+            retries=1, say=lambda line: None,
+        )  # fmt: skip
+    log = Path(read_status(tmp_path / "out")["a"]["log"])
+    assert str(log) in str(error.value) and log.is_file()
+    assert (tmp_path / "c").is_file() and not (tmp_path / "b").exists()
+
+
+def test_parameters_that_submitit_does_not_know_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    with pytest.raises(ZePTError, match="submitit does not take"):
+        run_on_cluster([job(tmp_path, "a")], tmp_path / "out", {}, "local", {"gpus_per_nod": 1}, say=lambda line: None)

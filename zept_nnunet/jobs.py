@@ -1,0 +1,271 @@
+"""Commands that wait for each other: one after the other here, or as jobs of a cluster through submitit.
+
+No scheduler of our own: SLURM queues, and submitit's local executor runs processes. What is here is the order (a job is
+handed over when those that it needs are done), the retry of a job that was lost, and a file that says how far all of it
+is. Jobs that are ready together go as one array.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zept_nnunet.errors import ZePTError
+
+STATUS = "status.json"
+STATES = ("waiting", "running", "done", "failed", "skipped")
+CLUSTERS = ("local", "slurm")
+_NAP_S = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command. `done` is an empty file that stands there once it has ended well; `output`, where given, a file that
+    it must have left by then.
+    """
+
+    name: str
+    purpose: str
+    command: tuple[str, ...]
+    done: Path
+    needs: tuple[str, ...] = ()
+    output: Path | None = None
+
+    def is_done(self) -> bool:
+        """Whether it has ended well before."""
+        return self.done.exists()
+
+
+class Progress:
+    """What each job is doing, in memory and in FOLDER/status.json."""
+
+    def __init__(self, jobs: Sequence[Job], folder: Path):
+        check(jobs)
+        self.jobs = {job.name: job for job in jobs}
+        self.path = folder / STATUS
+        self.entries: dict[str, dict[str, Any]] = {
+            job.name: {"state": "done" if job.is_done() else "waiting", "purpose": job.purpose, "attempts": 0}
+            for job in jobs
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    def set(self, name: str, state: str, **facts: Any) -> None:
+        """Change a job's state and note facts about it."""
+        self.entries[name] |= {"state": state, **facts}
+        self.write()
+
+    def of(self, *states: str) -> list[str]:
+        """Names of the jobs in these states."""
+        return [name for name, entry in self.entries.items() if entry["state"] in states]
+
+    def ready(self) -> list[Job]:
+        """Jobs that wait for nothing any more."""
+        done = set(self.of("done"))
+        return [self.jobs[name] for name in self.of("waiting") if done.issuperset(self.jobs[name].needs)]
+
+    def skip_what_cannot_run(self) -> None:
+        """Jobs that need a failed or skipped one are skipped."""
+        lost = set(self.of("failed", "skipped"))
+        for name in self.of("waiting"):  # in order, so that skipping carries on
+            if lost & set(self.jobs[name].needs):
+                lost.add(name)
+                self.set(name, "skipped")
+
+    def write(self) -> None:
+        """Whole or not at all: another process may read it at any time."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.entries, indent=2) + "\n", encoding="utf-8")
+        partial.rename(self.path)
+
+
+def check(jobs: Sequence[Job]) -> None:
+    """Refuse jobs that could never run.
+
+    Raises:
+        ZePTError: two have one name, or one needs a job that does not stand before it.
+    """
+    before: set[str] = set()
+    for job in jobs:
+        if job.name in before:
+            raise ZePTError(f"two jobs are called {job.name!r}")
+        missing = [n for n in job.needs if n not in before]
+        if missing:
+            raise ZePTError(f"the job {job.name!r} needs {missing}, which do not stand before it")
+        before.add(job.name)
+
+
+def read_status(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `Progress` has written.
+
+    Raises:
+        ZePTError: there is nothing.
+    """
+    try:
+        entries: dict[str, dict[str, Any]] = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ZePTError(
+            f"{folder / STATUS} cannot be read ({error}); was a benchmark started with -o {folder}?"
+        ) from error
+    return entries
+
+
+def status_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line a job, and how many are in each state."""
+    width = max((len(name) for name in entries), default=0)
+    lines = [
+        f"{name:<{width}}  {entry['state']:<8} {entry['attempts']} attempts  {entry['purpose']}"
+        + (f"  log: {entry['log']}" if entry.get("log") and entry["state"] in ("running", "failed") else "")
+        for name, entry in entries.items()
+    ]
+    counts = {state: sum(e["state"] == state for e in entries.values()) for state in STATES}
+    return "\n".join([*lines, ", ".join(f"{n} {state}" for state, n in counts.items() if n)])
+
+
+def run_here(jobs: Sequence[Job], folder: Path, environment: Mapping[str, str]) -> None:
+    """One after the other, each command printed before it runs; what is done is left out.
+
+    Raises:
+        ZePTError: a command ends with an error, or leaves no result.
+    """
+    progress = Progress(jobs, folder)
+    for number, job in enumerate(jobs, start=1):
+        if progress.entries[job.name]["state"] == "done":
+            continue
+        print(f"\n=== [{number}/{len(jobs)}] {job.purpose}\n$ {shlex.join(job.command)}\n", flush=True)
+        progress.set(job.name, "running", attempts=progress.entries[job.name]["attempts"] + 1)
+        try:
+            run_command(job.command, dict(environment), job.done, job.output)
+        except BaseException:
+            progress.set(job.name, "failed")
+            raise
+        progress.set(job.name, "done")
+
+
+def run_command(command: Sequence[str], environment: Mapping[str, str], done: Path, output: Path | None = None) -> None:
+    """Run a command of this Python's environment, then write `done`.
+
+    Raises:
+        ZePTError: it ends with an error, or leaves no result.
+    """
+    code = subprocess.run([executable(command[0]), *command[1:]], env={**os.environ, **environment}).returncode
+    if code:
+        raise ZePTError(f"{shlex.join(command)} ended with exit status {code}; its message stands above")
+    if output is not None and not output.exists():
+        raise ZePTError(f"{shlex.join(command)} ended without {output}")
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.touch()
+
+
+def executable(name: str) -> str:
+    """The command beside this Python, else whatever PATH finds.
+
+    Raises:
+        ZePTError: there is none.
+    """
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        raise ZePTError(f"wanted the command {name} beside {sys.executable} or on PATH. Install zept-nnunet with pip")
+    return found
+
+
+def run_on_cluster(
+    jobs: Sequence[Job],
+    folder: Path,
+    environment: Mapping[str, str],
+    cluster: str,
+    parameters: Mapping[str, Any],
+    retries: int = 2,
+    at_once: int = 16,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Hand the jobs over as they become ready, wait for them, and hand a lost one over again.
+
+    Args:
+        folder: for status.json and submitit's files (logs among them); every node must see it.
+        environment: of the commands.
+        cluster: one of `CLUSTERS`.
+        parameters: of submitit's executor (`timeout_min`, `gpus_per_node`, `slurm_partition`, …).
+        retries: of each job, after its first attempt.
+        at_once: jobs that run side by side.
+        say: takes a line for the terminal.
+
+    Raises:
+        ZePTError: submitit is not installed, or a job failed in every attempt.
+    """
+    submitit = _submitit()
+    logs = folder / "jobs"
+    executor = submitit.AutoExecutor(folder=str(logs), cluster=cluster)
+    try:
+        executor.update_parameters(**parameters)
+    except (NameError, TypeError) as error:
+        raise ZePTError(f"submitit does not take {dict(parameters)}: {error}") from error
+    progress = Progress(jobs, folder)
+    running: dict[str, Any] = {}
+    while True:
+        progress.skip_what_cannot_run()
+        ready = progress.ready()[: max(0, at_once - len(running))]
+        if ready:
+            with executor.batch():
+                handed = [executor.submit(run_command, j.command, dict(environment), j.done, j.output) for j in ready]
+            for job, handle in zip(ready, handed, strict=True):
+                attempts = progress.entries[job.name]["attempts"] + 1
+                log = str(handle.paths.stderr)
+                progress.set(job.name, "running", attempts=attempts, job_id=str(handle.job_id), log=log)
+                running[job.name] = handle
+                say(f"{job.name}: attempt {attempts}, job {handle.job_id}\n  $ {shlex.join(job.command)}")
+        if not running:
+            break
+        for name, handle in list(running.items()):
+            if handle.done():
+                del running[name]
+                _finish(progress, name, handle, retries, say)
+        time.sleep(_NAP_S)
+    failed = progress.of("failed")
+    if failed:
+        entry = progress.entries[failed[0]]
+        raise ZePTError(
+            f"{failed} failed in {entry['attempts']} attempts each, {len(progress.of('skipped'))} jobs that need them "
+            f"were left out. Log of the first: {entry['log']}. Mend the reason and run the same command again"
+        )
+
+
+def _finish(progress: Progress, name: str, handle: Any, retries: int, say: Callable[[str], None]) -> None:
+    """A job that is over: done, to be tried again, or failed."""
+    error = None
+    try:
+        error = handle.exception()
+    except Exception as problem:  # submitit's own, where a job left no result behind
+        error = problem
+    if error is None and progress.jobs[name].is_done():
+        progress.set(name, "done")
+        say(f"{name}: done")
+    elif progress.entries[name]["attempts"] <= retries:
+        progress.set(name, "waiting")
+        say(f"{name}: lost ({_first_line(error)}); once more")
+    else:
+        progress.set(name, "failed", error=str(error))
+        say(f"{name}: failed ({_first_line(error)})")
+
+
+def _first_line(error: BaseException | None) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ImportError as error:
+        raise ZePTError('--cluster wants submitit: pip install "zept-nnunet[cluster]"') from error
+    return submitit
