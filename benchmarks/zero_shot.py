@@ -248,9 +248,10 @@ def minutes_of(workspace: Workspace, method: str, seed: int, plans: str = PLANS)
     recipe = RECIPES.get(method)
     results = Path(workspace.environment(seed)["nnUNet_results"])
     kinds = {"any_tumor": "AnyTumor", "organs": "Organs", "declared": "Declared", "supervised": "Supervised"}
-    wanted, trainer = ("", ZEPT_TRAINER) if recipe is None else (kinds[recipe.data], recipe.trainer)
+    own = f"Dataset{workspace.dataset_id:03d}_*"
+    dataset, trainer = (own, ZEPT_TRAINER) if recipe is None else (f"*{kinds[recipe.data]}", recipe.trainer)
     plans = plans if recipe is None else "*"
-    for fold in sorted(results.glob(f"*{wanted}/{trainer}__{plans}__{workspace.args.configuration}/fold_0")):
+    for fold in sorted(results.glob(f"{dataset}/{trainer}__{plans}__{workspace.args.configuration}/fold_0")):
         checkpoint = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
         return training_minutes(checkpoint["logging"])
     return float("nan")
