@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -72,8 +74,14 @@ def test_a_status_that_is_not_there_is_named(tmp_path: Path) -> None:
         read_status(tmp_path)
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and those that they have."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], stdout=subprocess.PIPE, text=True).stdout.split()
+    return [p for child in map(int, found) for p in (child, *descendants(child))]
+
+
 def kill_first(out: Path, name: str) -> None:
-    """Kill the first attempt's process group as a node that goes down would."""
+    """Kill the first attempt with all that it has started, as a node that goes down would."""
     for _ in range(600):
         try:
             entry = json.loads((out / "status.json").read_text())[name]
@@ -82,7 +90,9 @@ def kill_first(out: Path, name: str) -> None:
             pid = 0
         if pid:
             time.sleep(1.0)
-            os.kill(pid, signal.SIGKILL)
+            for process in [pid, *descendants(pid)]:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
             return
         time.sleep(0.05)
 

@@ -27,6 +27,7 @@ COMMANDS = (
     "phantom",
     "insert_lesions",
     "evaluate",
+    "benchmark",
     "report",
 )
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)

@@ -12,6 +12,7 @@ import pytest
 import SimpleITK as sitk
 
 from tests.datasets.test_same_scan import patient, resampled
+from tests.real_ct import data_folder, write_real_ct_dataset
 from zept_nnunet.cli import main
 from zept_nnunet.datasets.merge import Merge
 from zept_nnunet.taxonomy import Taxonomy, annotated_for, annotated_patterns
@@ -382,3 +383,28 @@ def test_masks_that_are_missing_or_on_another_grid_are_named(raw: Path, capsys: 
     (folder / "case3" / "liver.nii.gz").unlink()
     assert main(flags) == 1 and "is missing" in capsys.readouterr().err
     assert not list(raw.glob("Dataset110*"))
+
+
+# ---------------------------------------------------------------------------------------------------- real CT
+@pytest.mark.slow
+@pytest.mark.skipif(not data_folder("abdomen_ct").is_dir(), reason=f"no real CT at {data_folder('abdomen_ct')}")
+def test_a_real_ct_with_synthetic_lesions_is_merged_with_the_phantom(raw: Path, capsys: Any) -> None:
+    real = write_real_ct_dataset(raw, 101, cases=3)
+    assert main(["phantom", "-d", "102", "--size", "tiny"]) == 0
+    phantom = next(raw.glob("Dataset102_*"))
+    assert main(["merge", "-d", "101", "102", "-o", "110"]) == 0
+    said = capsys.readouterr().out
+    assert "are the same scan" in said, "deformed copies of one patient, away from where they were deformed"
+    folder, content = merged(raw)
+    labels = content["labels"]
+    assert {"liver", "kidney left", "liver synthetic lesion", "liver tumor", "pancreas"} <= set(labels)
+    patterns = annotated_patterns(content)
+    real_case, phantom_case = (next(c for c in content["dataset"] if c.startswith(f"d{i}_")) for i in (101, 102))
+    assert "pancreas" not in annotated_for(real_case, patterns)
+    assert "liver synthetic lesion" not in annotated_for(phantom_case, patterns)
+    for case, source in ((real_case, real), (phantom_case, phantom)):
+        own = json.loads((source / "dataset.json").read_text())["labels"]
+        before = sitk.GetArrayFromImage(sitk.ReadImage(str(source / "labelsTr" / f"{case[5:]}.nii.gz")))
+        after = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "labelsTr" / f"{case}.nii.gz")))
+        for name, value in own.items():
+            assert np.array_equal(before == value, after == labels[name]), name

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
 
 from tests.commands import Workspace
 from tests.conftest import read_json
+from tests.test_jobs import kill_first
 
 pytestmark = pytest.mark.slow
 PREDICT = ("-device", "cpu", "-npp", "1", "-nps", "1", "--disable_progress_bar")
@@ -136,3 +139,24 @@ def test_add_tumor_for_all_folds_then_predict_export_and_install(
     for name in new:
         assert np.array_equal(new[name], again[name])
     shutil.rmtree(plus)
+
+
+def test_a_benchmark_by_dataset_id_through_jobs_of_which_one_is_killed(
+    workspace: Workspace, trained: Path, tmp_path: Path
+) -> None:
+    """Two models on one dataset, by submitit's local executor."""
+    out = tmp_path / "benchmark"
+    models = [f"{c}={workspace.model(trained.name, c)}" for c in ("2d", "3d_fullres")]
+    flags = ("-f", "0", "-device", "cpu", "--disable_tta", "--bootstrap", "20")
+    killer = threading.Thread(target=kill_first, args=(out, f"predict_2d_{trained.name}"))
+    killer.start()
+    said = workspace.run("zept", "benchmark", "-m", *models, "-d", "901", "-o", out, *flags, "--cluster", "local")
+    killer.join()
+    assert "once more" in said
+    status = read_json(out / "status.json")
+    assert {e["state"] for e in status.values()} == {"done"} and len(status) == 4
+    assert status[f"predict_2d_{trained.name}"]["attempts"] == 2
+    table = pd.read_csv(out / "benchmark.csv")
+    assert set(table["class"]) >= {"liver", "liver tumor"} and {"2d", "3d_fullres"} <= set(table.columns)
+    again = workspace.run("zept", "benchmark", "-m", *models, "-d", "901", "-o", out, *flags)  # nothing is left to do
+    assert "===" not in again and "4 done" in workspace.run("zept", "benchmark", "-o", out, "--status")

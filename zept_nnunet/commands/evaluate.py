@@ -35,6 +35,12 @@ def register(subparsers: Any) -> None:
     source.add_argument("-r", metavar="FOLDER", type=Path, help="references, CASE + file ending")
     source.add_argument("-d", metavar="ID", help="dataset ID or name: references are its labelsTs in nnUNet_raw")
     parser.add_argument(
+        "--dataset-json",
+        type=Path,
+        metavar="FILE",
+        help="with -r: says what the references hold and label (default: the one beside the predictions)",
+    )
+    parser.add_argument(
         "-i", nargs="+", type=Path, required=True, metavar="FOLDER", help="predictions; several: seeds of one method"
     )
     parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="output folder")
@@ -78,7 +84,7 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, evaluate, write, print. 0: every result is complete."""
     _check(args)
-    references, dataset_json = args.r, None
+    references, dataset_json = args.r, args.dataset_json
     calibration_references = args.calibration_references
     if args.d is not None:
         dataset_json = find_dataset_json(args.d)
@@ -155,6 +161,8 @@ def _check(args: argparse.Namespace) -> None:
     ):
         if folders and len(folders) != len(wanted):
             raise ZePTError(f"{flag} wants one folder for each of {of} ({len(wanted)}); got {len(folders)}")
+    if args.dataset_json is not None and args.d is not None:
+        raise ZePTError("--dataset-json goes with -r; -d has one of its own")
     if args.tolerance_mm < 0 or not 0 < args.lesion_iou <= 1 or min(args.fp_rate) < 0:
         raise ZePTError("--tolerance-mm and --fp-rate want 0 or more, --lesion-iou more than 0 and at most 1")
     if args.np < 1 or args.bootstrap < 1 or args.seed < 0:

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from zept_nnunet.datasets.merge import Merge, MergeMap, MergeSource
     from zept_nnunet.datasets.same_scan import groups_of
 
-    folders = [_dataset(d, raw) for d in args.d]
+    folders = [dataset_of(d, raw) for d in args.d]
     if len(folders) < 2 and not args.organs_from:
         raise ZePTError("-d wants two datasets or more (one with --organs-from)")
     organs = _organs(args, folders, {f: MergeSource.read(f) for f in folders})
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     merge = Merge(sources, MergeMap.read(Path(args.map)) if args.map else None)
     print(labels_table(merge))
     print_geometry(sources)
-    tests = [_dataset(d, raw) for d in args.test]
+    tests = [dataset_of(d, raw) for d in args.test]
     pairs = [] if args.no_content_check else _same_scans(sources, tests, args.allow_overlap, raw)
     names = [source.merged_case(case) for source in sources for case in source.cases]
     same = groups_of(names, pairs)
@@ -93,8 +93,12 @@ def folder_of(variable: str) -> Path:
     return Path(os.environ[variable])
 
 
-def _dataset(name: str, raw: Path) -> Path:
-    """The raw dataset of an ID or name."""
+def dataset_of(name: str, raw: Path) -> Path:
+    """The raw dataset of an ID or name.
+
+    Raises:
+        ZePTError: there is none, or several.
+    """
     digits = name[7:10] if name.startswith("Dataset") else f"{int(name):03d}" if name.isdigit() else ""
     found = sorted(p for p in raw.glob(f"Dataset{digits}_*") if p.is_dir()) if digits else []
     if len(found) != 1:
@@ -127,7 +131,7 @@ def _organs(args: argparse.Namespace, folders: list[Path], sources: dict[Path, M
             raise ZePTError(
                 f"--organs-from {entry}: several datasets are merged; say whose organs these are: ID=FOLDER"
             )
-        of = _dataset(dataset, folders[0].parent) if dataset else folders[0]
+        of = dataset_of(dataset, folders[0].parent) if dataset else folders[0]
         if of not in folders:
             raise ZePTError(f"--organs-from {entry}: {of.name} is not among -d")
         source = sources[of]
@@ -212,7 +216,7 @@ def _same_scans(sources: list[MergeSource], tests: list[Path], allowed: list[str
         print(
             f"\n{len(among)} pairs of training scans are the same scan; each pair stays in one fold:\n{summary(among)}"
         )
-    exempt = {_dataset(d, raw).name for d in allowed}
+    exempt = {dataset_of(d, raw).name for d in allowed}
     across = [p for p in pairs if (p.first in training) != (p.second in training)]
     refused = [p for p in across if test_of[p.second if p.first in training else p.first] not in exempt]
     if refused:

@@ -150,6 +150,12 @@ class MergeSource:
         return [*((name, None, None) for name in given), *own]
 
 
+def class_key(name: str, hosts: tuple[str, ...] | None) -> tuple[str, ...]:
+    """What two datasets' names of one class have in common. `hosts`: of a tumor; None: an organ."""
+    entry = catalog().find(name, hosts or (), "organ" if hosts is None else "tumor")
+    return name_key(entry.name if entry is not None else name)
+
+
 @dataclass
 class MergedClass:
     """One class of the merged dataset. `members`: dataset ID → (label there, or None: its organ mask)."""
@@ -215,7 +221,7 @@ class Merge:
                     continue  # left out
                 chosen = by_name.get(normalize_name(name))
                 shown = chosen or self._name_of(name, hosts)
-                key = keys[name] = self._key(chosen or name, hosts)
+                key = keys[name] = class_key(chosen or name, hosts)
                 entry = merged.setdefault(key, MergedClass(shown, hosts is not None))
                 if roles.setdefault(name_key(shown), hosts is not None) != (hosts is not None):
                     problems.append(
@@ -260,10 +266,6 @@ class Merge:
             return entry.name if entry is not None else name
         return name
 
-    def _key(self, name: str, hosts: tuple[str, ...] | None) -> tuple[str, ...]:
-        entry = catalog().find(name, hosts or (), "organ" if hosts is None else "tumor")
-        return name_key(entry.name if entry is not None else name)
-
     def _overlaps(self, merged: Mapping[tuple[str, ...], MergedClass]) -> list[str]:
         """Organs of two datasets of which one may hold the other."""
         organs = [c for c in merged.values() if not c.is_tumor]
@@ -279,7 +281,7 @@ class Merge:
         """Of a tumor whose own dataset labels no organ: the merged organs that its description or its name names."""
         entry = catalog().find(tumor.name, (), "tumor")
         described = {name_key(h) for h in entry.hosts} if entry is not None else set()
-        keys = {c.name: self._key(c.name, None) for c in organs}
+        keys = {c.name: class_key(c.name, None) for c in organs}
         found = tuple(name for name, key in keys.items() if key in described)
         if found:
             return found
@@ -373,12 +375,12 @@ class Merge:
 
     def _unseen(self) -> dict[str, Any]:
         """Tumors that some dataset declares unseen and none labels; label values are given anew."""
-        labeled = {self._key(c.name, c.hosts) for c in self.classes if c.is_tumor}
+        labeled = {class_key(c.name, c.hosts) for c in self.classes if c.is_tumor}
         found: dict[str, Any] = {}
         for source in self.sources:
             for unseen in declared_unseen(source.dataset_json, str(source.folder / "dataset.json")):
                 names = {n: c.name for c in self.classes for n, _ in c.members.get(source.id, [])}
-                if self._key(unseen.name, unseen.hosts) not in labeled and unseen.name not in found:
+                if class_key(unseen.name, unseen.hosts) not in labeled and unseen.name not in found:
                     found[unseen.name] = {"hosts": [names[h] for h in unseen.hosts if h in names]}
         return found
 

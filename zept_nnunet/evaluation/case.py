@@ -105,6 +105,11 @@ def evaluate_case(task: CaseTask) -> CaseResult:
     del prediction
     if task.with_scores:
         _scores(result, [c for c in classes if c.is_tumor], task, reference)
+    for c in classes:
+        if not task.table.labels_hosts(task.case, c):
+            entry = result.classes[c.name]
+            entry.values |= {key: float("nan") for key in entry.values if key[0] == "host"}
+            entry.histograms.pop("host", None)
     return result
 
 

@@ -34,6 +34,8 @@ class EvaluatedClass:
     """None: the model does not report this class."""
     host_values: tuple[int, ...] | None
     """Of a tumor: reference values of its hosts and of all tumors in them (whole body: every value). Else None."""
+    host_names: frozenset[str] = frozenset()
+    """Of a tumor: the organs that host it, where the references name them."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class ClassTable:
             return frozenset(c.name for c in self.classes)
         known = {normalize_name(n) for n in names}
         return frozenset(c.name for c in self.classes if normalize_name(c.name) in known)
+
+    def labels_hosts(self, case: str, c: EvaluatedClass) -> bool:
+        """Whether a case's reference shows where a tumor's hosts are."""
+        names = annotated_for(case, self.annotated, self.source)
+        return names is None or {normalize_name(n) for n in names} >= {normalize_name(n) for n in c.host_names}
 
 
 def read_class_table(
@@ -104,8 +111,11 @@ def read_class_table(
     every_value = (0, *sorted({v for values in regions.values() for v in values}))
     predicted = {normalize_name(n): values for n, values in labels.regions.items()}
 
+    def hosts_of(values: tuple[int, ...]) -> frozenset[str]:
+        return frozenset().union(*(tumor_hosts[v] for v in values))
+
     def host_values(values: tuple[int, ...]) -> tuple[int, ...]:
-        hosts = frozenset().union(*(tumor_hosts[v] for v in values))
+        hosts = hosts_of(values)
         if any(not tumor_hosts[v] for v in values):
             return every_value
         inside = {organ_value[h] for h in hosts} | {v for v, theirs in tumor_hosts.items() if theirs & hosts}
@@ -123,6 +133,7 @@ def read_class_table(
                 values,
                 predicted.get(key),
                 host_values(values) if is_tumor else None,
+                hosts_of(values) if is_tumor else frozenset(),
             )
         )
     known = {normalize_name(c.name) for c in classes if c.is_tumor}

@@ -1,0 +1,242 @@
+"""Models on datasets by their IDs: references in the model's own label values, jobs, and one table.
+
+A test dataset numbers and names its classes in its own way, and labels only some of what a model reports. So its label
+maps are written anew with the model's values, classes matched by what their names mean (as `zept merge` does), and a
+dataset.json beside them says which classes they label.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from zept_nnunet.datasets.merge import class_key
+from zept_nnunet.errors import ZePTError
+from zept_nnunet.jobs import Job
+from zept_nnunet.taxonomy import Taxonomy, Tumor, annotated_for, annotated_patterns, declared_unseen
+
+METRICS = (("volume", "dsc"), ("volume", "nsd"), ("volume", "auroc"), ("volume", "fpr95"), ("host", "auroc"))
+"""Scope and metric of the table's columns."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder and the name that it has in the table."""
+
+    name: str
+    folder: Path
+    dataset_json: Mapping[str, Any]
+    taxonomy: Taxonomy
+
+    @classmethod
+    def read(cls, argument: str) -> Model:
+        """From FOLDER or NAME=FOLDER; without a name that of the folder.
+
+        Raises:
+            ZePTError: it is no model folder.
+        """
+        name, _, path = argument.rpartition("=")
+        folder = Path(path)
+        for file in ("dataset.json", "plans.json"):
+            if not (folder / file).is_file():
+                raise ZePTError(f"-m {argument}: {folder / file} is missing; wanted a folder that nnUNetv2_train wrote")
+        content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        taxonomy = Taxonomy.from_dataset_json(content, str(folder / "dataset.json"))
+        if taxonomy.has_regions:
+            raise ZePTError(f"-m {argument}: its labels are regions; zept benchmark wants plain labels")
+        return cls(name or folder.name, folder, content, taxonomy)
+
+
+@dataclass(frozen=True)
+class LabeledCases:
+    """The cases of a raw dataset that are predicted: its test cases, or its training cases where those are the test."""
+
+    folder: Path
+    dataset_json: dict[str, Any]
+    cases: dict[str, tuple[list[Path], Path]]  # case → images by channel, label
+
+    @classmethod
+    def read(cls, folder: Path, split: str = "auto") -> LabeledCases:
+        """Find the cases.
+
+        Args:
+            folder: of the raw dataset.
+            split: "test": imagesTs and labelsTs; "training": what nnU-Net would train on; "auto": the former where
+                labelsTs is there.
+
+        Raises:
+            ZePTError: there are none, or an image is missing.
+        """
+        path = folder / "dataset.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            ending = content["file_ending"]
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            raise ZePTError(f"{path} cannot be read ({error!r})") from error
+        labels = sorted((folder / "labelsTs").glob(f"*{ending}"))
+        if split == "training" or (split == "auto" and not labels):
+            from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+            found = get_filenames_of_train_images_and_targets(str(folder), json.loads(json.dumps(content)))
+            cases = {str(c): ([Path(i) for i in f["images"]], Path(f["label"])) for c, f in sorted(found.items())}
+        else:
+            names = [p.name.removesuffix(ending) for p in labels]
+            images = {c: sorted((folder / "imagesTs").glob(f"{c}_[0-9][0-9][0-9][0-9]{ending}")) for c in names}
+            cases = {c: (images[c], folder / "labelsTs" / f"{c}{ending}") for c in names}
+        lacking = [c for c, (images_of, label) in cases.items() if not images_of or not label.is_file()]
+        if not cases or lacking:
+            what = f"the image or label of {lacking[0]!r} is missing" if lacking else "it holds no labeled case"
+            raise ZePTError(f"{folder}: {what} (split: {split})")
+        return cls(folder, content, cases)
+
+
+def matched(model: Model, test: LabeledCases) -> tuple[dict[int, int], dict[str, str]]:
+    """Label value of the test set → of the model, and name there → name in the model, where both have the class.
+
+    A tumor that the model lacks belongs to its host, another class to background.
+
+    Raises:
+        ZePTError: two labels of the test set match one class of the model, or none matches any.
+    """
+    source = str(test.folder / "dataset.json")
+    theirs = Taxonomy.from_dataset_json(test.dataset_json, source)
+    ours = {class_key(c.name, c.hosts if isinstance(c, Tumor) else None): c for c in model.taxonomy.classes}
+    known = [(c.name, c.label, c.hosts if isinstance(c, Tumor) else None) for c in theirs.classes]
+    known += [(u.name, u.label, u.hosts) for u in declared_unseen(test.dataset_json, source) if u.label is not None]
+    table: dict[int, int] = {0: 0}
+    names: dict[str, str] = {}
+    for name, label, hosts in known:
+        target = ours.get(class_key(name, hosts))
+        if target is None:
+            continue
+        if target.name in names.values():
+            raise ZePTError(f"{source}: {name!r} and another label both match {target.name!r} of {model.name}")
+        table[label], names[name] = target.label, target.name
+    if not names:
+        reported = [c.name for c in model.taxonomy.classes]
+        raise ZePTError(f"{source} labels {[k[0] for k in known]}, {model.name} reports {reported}: no class in common")
+    organ_values = {c.name: table.get(c.label, 0) for c in theirs.organs}
+    for _, label, hosts in known:
+        table.setdefault(label, organ_values[hosts[0]] if hosts is not None and len(hosts) == 1 else 0)
+    return table, names
+
+
+def write_references(model: Model, test: LabeledCases, out: Path) -> None:
+    """`out`/labels in the model's values, `out`/images as links, `out`/dataset.json; what is there stays.
+
+    Raises:
+        ZePTError: as `matched`; a label file holds an unknown value.
+    """
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+    table, names = matched(model, test)
+    ignore = Taxonomy.from_dataset_json(test.dataset_json).ignore_label
+    ending, read_ending = model.dataset_json["file_ending"], test.dataset_json["file_ending"]
+    if ending != read_ending:
+        raise ZePTError(f"{test.folder} has files {read_ending}, {model.name} reads {ending}; convert them")
+    ours = {k: v for k, v in model.dataset_json["labels"].items() if k != "ignore"}
+    ours |= {"ignore": len(ours)} if ignore is not None else {}
+    table |= {ignore: ours["ignore"]} if ignore is not None else {}
+    patterns = annotated_patterns(test.dataset_json, str(test.folder / "dataset.json"))
+    annotated = {}
+    for case, (images, label) in tqdm(test.cases.items(), desc=f"references of {test.folder.name}", unit="case"):
+        named = annotated_for(case, patterns)
+        annotated[case] = [own for name, own in names.items() if named is None or name in named]
+        for channel, image in enumerate(images):
+            link = out / "images" / f"{case}_{channel:04d}{ending}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.exists():
+                link.symlink_to(image.resolve())
+        target = out / "labels" / f"{case}{ending}"
+        if target.is_file():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        reader = determine_reader_writer_from_dataset_json(test.dataset_json, str(images[0]), verbose=False)()
+        seg, properties = reader.read_seg(str(label))
+        values = np.rint(seg[0]).astype(np.int64)
+        unknown = sorted(set(np.unique(values).tolist()) - set(table))
+        if unknown:
+            raise ZePTError(f"{label}: the values {unknown} are no labels of {test.folder / 'dataset.json'}")
+        lookup = np.zeros(max(table) + 1, np.uint8 if len(ours) < 256 else np.uint16)
+        for old, new in table.items():
+            lookup[old] = new
+        partial = target.with_name(f".partial_{target.name}")
+        reader.write_seg(lookup[values], str(partial), properties)
+        partial.rename(target)
+    everything = set(names.values())
+    patterns_out = {"*": sorted(everything)} if all(set(a) == everything for a in annotated.values()) else annotated
+    zept = {**(model.dataset_json.get("zept") or {}), "annotated": patterns_out}
+    content = {**model.dataset_json, "labels": ours, "zept": zept}
+    (out / "dataset.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def jobs_of(
+    models: Sequence[Model],
+    tests: Sequence[LabeledCases],
+    out: Path,
+    predict_flags: Sequence[str],
+    evaluate_flags: Sequence[str],
+) -> list[Job]:
+    """Predict and evaluate every model on every dataset."""
+    jobs = []
+    for model in models:
+        for test in tests:
+            data, predictions, report = (out / part / model.name / test.folder.name for part in PARTS)
+            name = f"{model.name}_{test.folder.name}"
+            command = ("zept", "predict", "-m", str(model.folder), "-i", str(data / "images"), "-o", str(predictions))
+            flags = ("--save_scores", "--continue_prediction", *predict_flags)
+            predict = f"predict_{name}"
+            jobs.append(Job(predict, f"{model.name} on {test.folder.name}", (*command, *flags), out / "done" / predict))
+            judge = (
+                "zept", "evaluate", "-r", str(data / "labels"), "--dataset-json", str(data / "dataset.json"),
+                "-i", str(predictions), "-o", str(report), "--overwrite", *evaluate_flags,
+            )  # fmt: skip
+            evaluate = f"evaluate_{name}"
+            purpose = f"figures of {model.name} on {test.folder.name}"
+            done = out / "done" / evaluate
+            jobs.append(Job(evaluate, purpose, judge, done, (predict,), report / "metrics.csv"))
+    return jobs
+
+
+PARTS = ("data", "predictions", "reports")
+
+
+def table_of(models: Sequence[Model], tests: Sequence[LabeledCases], out: Path) -> pd.DataFrame:
+    """One row a dataset, class and metric; per model its mean over cases and the 95 % interval."""
+    rows: dict[tuple[Any, ...], dict[str, str]] = {}
+    for model in models:
+        for test in tests:
+            metrics = pd.read_csv(out / "reports" / model.name / test.folder.name / "metrics.csv")
+            for _, row in metrics[metrics["case"] == "mean"].iterrows():
+                if (row["scope"], row["metric"]) not in METRICS or row["class"].startswith("("):
+                    continue
+                key = (test.folder.name, row["class"], row["scope"], row["metric"])
+                interval = "" if pd.isna(row["ci_low"]) else f" ({row['ci_low']:.3f}–{row['ci_high']:.3f})"
+                seen = "" if row["seen"] else " [unseen]"
+                text = "–" if pd.isna(row["value"]) else f"{row['value']:.3f}{interval}{seen}"
+                rows.setdefault(key, {})[model.name] = text
+    index = pd.MultiIndex.from_tuples(list(rows), names=["dataset", "class", "scope", "metric"])
+    return pd.DataFrame(list(rows.values()), index=index).fillna("–").reset_index()
+
+
+def write_table(table: pd.DataFrame, out: Path) -> list[Path]:
+    """benchmark.csv and benchmark.md."""
+    paths = [out / "benchmark.csv", out / "benchmark.md"]
+    table.to_csv(paths[0], index=False)
+    paths[1].write_text(table.to_markdown(index=False) + "\n", encoding="utf-8")
+    return paths
+
+
+def environment() -> dict[str, str]:
+    """nnU-Net's folders, for jobs that run elsewhere."""
+    return {
+        name: os.environ[name] for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results") if name in os.environ
+    }
