@@ -30,7 +30,7 @@ from filelock import FileLock
 from scipy import ndimage  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
+from zept_nnunet.datasets.raw_folder import new_dataset, relabeled, write_dataset_json
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy, annotated_for, annotated_patterns, declared_unseen
@@ -190,20 +190,15 @@ def relabel(seg: np.ndarray, source: Source, kind: str, spacing: tuple[float, ..
             table[tumor.label] = labels[tumor.hosts[0]] if tumor.hosts else 0
             if len(tumor.hosts) > 1:
                 nearest[tumor.label] = [o.label for o in taxonomy.organs if o.name in tumor.hosts]
-    unknown = sorted(set(np.unique(values).tolist()) - set(table))
-    if unknown:
-        raise ZePTError(f"the values {unknown} are no labels of {source.folder / 'dataset.json'}; correct the file")
-    lookup = np.zeros(max(table) + 1, dtype=np.uint8 if len(labels) < 256 else np.uint16)
-    for old, new in table.items():
-        lookup[old] = new
-    derived = lookup[values]
+    derived = relabeled(values, table, source.folder / "dataset.json")
     for label, hosts in nearest.items():
         tumor_voxels, host_voxels = values == label, np.isin(values, hosts)
         if tumor_voxels.any() and host_voxels.any():
             indices = ndimage.distance_transform_edt(
                 ~host_voxels, sampling=spacing, return_distances=False, return_indices=True
             )
-            derived[tumor_voxels] = lookup[values[tuple(i[tumor_voxels] for i in indices)]]
+            nearest_label = values[tuple(i[tumor_voxels] for i in indices)]
+            derived[tumor_voxels] = relabeled(nearest_label, table, source.folder / "dataset.json")
     return derived
 
 

@@ -29,7 +29,7 @@ import yaml
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.model_organs import ModelOrgans
-from zept_nnunet.datasets.raw_folder import write_dataset_json
+from zept_nnunet.datasets.raw_folder import relabeled, write_dataset_json
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.names import infer_hosts, is_generic_tumor, may_overlap, name_key, normalize_name
@@ -462,15 +462,10 @@ class Merge:
 
         reader = determine_reader_writer_from_dataset_json(source.dataset_json, files["images"][0], verbose=False)()
         seg, properties = reader.read_seg(files["label"])
-        values = np.rint(seg[0]).astype(np.int64)
-        table = self.table_of(source)
-        unknown = sorted(set(np.unique(values).tolist()) - set(table))
-        if unknown:
-            raise ZePTError(f"{files['label']}: the values {unknown} are no labels of {source.folder / 'dataset.json'}")
-        lookup = np.zeros(max(table) + 1, dtype=np.uint8 if len(self.labels) < 256 else np.uint16)
-        for old, new in table.items():
-            lookup[old] = new
-        merged = lookup[values]
+        try:
+            merged = relabeled(seg[0], self.table_of(source), source.folder / "dataset.json")
+        except ZePTError as error:
+            raise ZePTError(f"{files['label']}: {error}") from error
         if source.organs_from is not None:
             organs = {
                 n: self.labels[c.name] for c in self.classes for n, v in c.members.get(source.id, []) if v is None

@@ -1,4 +1,4 @@
-"""A raw dataset appears whole or not at all."""
+"""Raw datasets: one appears whole or not at all; label maps with other values."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from zept_nnunet.errors import ZePTError
 
 
 @contextmanager
@@ -30,3 +34,24 @@ def new_dataset(target: Path) -> Iterator[Path]:
 def write_dataset_json(folder: Path, content: Mapping[str, Any]) -> None:
     """Write dataset.json into a raw dataset's folder."""
     (folder / "dataset.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def relabeled(values: np.ndarray, table: Mapping[int, int], source: Path) -> np.ndarray:
+    """A label map (*,) with other values, uint8, or uint16 where that does not suffice.
+
+    Args:
+        values: integers of any type.
+        table: old value → new value, every old one.
+        source: the dataset.json that says which values there are.
+
+    Raises:
+        ZePTError: a value is not in the table.
+    """
+    whole = np.rint(values).astype(np.int64)
+    unknown = sorted(set(np.unique(whole).tolist()) - set(table))
+    if unknown:
+        raise ZePTError(f"the values {unknown} are no labels of {source}; correct the file")
+    lookup = np.zeros(max(table) + 1, dtype=np.uint8 if max(table.values()) < 256 else np.uint16)
+    for old, new in table.items():
+        lookup[old] = new
+    return lookup[whole]

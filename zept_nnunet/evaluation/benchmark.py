@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.merge import class_key
+from zept_nnunet.datasets.raw_folder import relabeled
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.jobs import Job
 from zept_nnunet.taxonomy import Taxonomy, Tumor, annotated_for, annotated_patterns, declared_unseen
@@ -161,15 +161,12 @@ def write_references(model: Model, test: LabeledCases, out: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         reader = determine_reader_writer_from_dataset_json(test.dataset_json, str(images[0]), verbose=False)()
         seg, properties = reader.read_seg(str(label))
-        values = np.rint(seg[0]).astype(np.int64)
-        unknown = sorted(set(np.unique(values).tolist()) - set(table))
-        if unknown:
-            raise ZePTError(f"{label}: the values {unknown} are no labels of {test.folder / 'dataset.json'}")
-        lookup = np.zeros(max(table) + 1, np.uint8 if len(ours) < 256 else np.uint16)
-        for old, new in table.items():
-            lookup[old] = new
+        try:
+            values = relabeled(seg[0], table, test.folder / "dataset.json")
+        except ZePTError as error:
+            raise ZePTError(f"{label}: {error}") from error
         partial = target.with_name(f".partial_{target.name}")
-        reader.write_seg(lookup[values], str(partial), properties)
+        reader.write_seg(values, str(partial), properties)
         partial.rename(target)
     everything = set(names.values())
     patterns_out = {"*": sorted(everything)} if all(set(a) == everything for a in annotated.values()) else annotated
