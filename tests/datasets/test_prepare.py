@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import locale
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import SimpleITK as sitk
 
 from zept_nnunet.cli import main
-from zept_nnunet.datasets.prepare import expected_cases, labels_of, recipes
+from zept_nnunet.datasets.prepare import expected_cases, labels_of, locale_kept, recipes
 from zept_nnunet.taxonomy import Taxonomy
 
 SHAPE = (4, 6, 8)
@@ -53,6 +55,11 @@ def dicom(folder: Path, array: np.ndarray, ending: str = ".dcm") -> None:
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     uid = f"1.2.826.0.1.{abs(hash(str(folder))) % 10**9}"
+    with locale_kept():
+        _write_slices(folder, array, writer, uid, ending)
+
+
+def _write_slices(folder: Path, array: np.ndarray, writer: Any, uid: str, ending: str) -> None:
     for z, slice_ in enumerate(array):
         image = sitk.GetImageFromArray(slice_[None])
         image.SetSpacing(SPACING)
@@ -213,6 +220,15 @@ def test_dicom_slices_are_stacked_by_position_and_masks_by_structure(raw: Path) 
     assert np.array_equal(image, ct(1))
     label = sitk.GetArrayFromImage(sitk.ReadImage(str(cases["1"]["label"]))).ravel()
     assert label[:6].tolist() == [0, 1, 0, 3, 3, 0]  # liver, skin (left out), two tumor masks
+
+
+def test_reading_dicom_leaves_text_files_utf8(raw: Path) -> None:
+    """In the locale that SimpleITK leaves behind Python would read them as ASCII."""
+    before = locale.getencoding() if sys.version_info >= (3, 11) else locale.getpreferredencoding(False)
+    chaos(raw.parent / "download")
+    prepared(raw, "CHAOS")
+    after = locale.getencoding() if sys.version_info >= (3, 11) else locale.getpreferredencoding(False)
+    assert after == before
 
 
 def test_pancreas_labels_are_put_on_the_images_grid(raw: Path) -> None:

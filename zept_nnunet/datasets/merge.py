@@ -194,11 +194,17 @@ class Merge:
         for what, of in (
             ("channels", lambda s: sorted(s.channels.items())),
             ("file_ending", lambda s: s.dataset_json.get("file_ending")),
-            ("overwrite_image_reader_writer", lambda s: s.dataset_json.get("overwrite_image_reader_writer")),
+            ("overwrite_image_reader_writer", lambda s: self._reader_of(s)),
         ):
-            found = {s.folder.name: of(s) for s in self.sources}
+            found = {s.folder.name: of(s) for s in self.sources if of(s) is not None}
             if len({str(v).lower() for v in found.values()}) > 1:
                 raise ZePTError(f"the datasets differ in their {what}: {found}. Convert them to one first")
+
+    @staticmethod
+    def _reader_of(source: MergeSource) -> str | None:
+        """None where nnU-Net goes by the file ending."""
+        name = source.dataset_json.get("overwrite_image_reader_writer")
+        return None if name in (None, "None") else str(name)
 
     # ------------------------------------------------------------------------------------------------ classes
     def _match(self) -> list[MergedClass]:
@@ -332,9 +338,9 @@ class Merge:
     def dataset_json(self, target: Path, same: Mapping[str, str]) -> dict[str, Any]:
         """The merged dataset's. `same`: case → a case that stands for all that are the same scan."""
         first = self.sources[0].dataset_json
-        kept: dict[str, Any] = {
-            k: first[k] for k in ("channel_names", "file_ending", "overwrite_image_reader_writer") if k in first
-        }
+        readers = [r for r in map(self._reader_of, self.sources) if r is not None]
+        kept: dict[str, Any] = {k: first[k] for k in ("channel_names", "file_ending") if k in first}
+        kept |= {"overwrite_image_reader_writer": readers[0]} if readers else {}
         cases = {
             source.merged_case(case): {
                 "images": [os.path.relpath(i, target) for i in files["images"]],

@@ -8,9 +8,11 @@ stops it.
 from __future__ import annotations
 
 import json
+import locale
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -262,16 +264,27 @@ def read_image(paths: Sequence[Path]) -> Any:
         ZePTError: they cannot be read.
     """
     try:
-        if len(paths) == 1:
-            return sitk.ReadImage(str(paths[0]))
-        reader = sitk.ImageSeriesReader()
-        names = [str(p) for p in sorted(paths)]
-        if paths[0].suffix.lower() != ".png":
-            names = _series(paths)
-        reader.SetFileNames(names)
-        return reader.Execute()
+        with locale_kept():
+            if len(paths) == 1:
+                return sitk.ReadImage(str(paths[0]))
+            reader = sitk.ImageSeriesReader()
+            names = [str(p) for p in sorted(paths)]
+            if paths[0].suffix.lower() != ".png":
+                names = _series(paths)
+            reader.SetFileNames(names)
+            return reader.Execute()
     except RuntimeError as error:
         raise ZePTError(f"{paths[0]} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+
+
+@contextmanager
+def locale_kept() -> Iterator[None]:
+    """SimpleITK's DICOM leaves the process in the locale "C", and Python then takes text files for ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def _series(paths: Sequence[Path]) -> list[str]:
