@@ -392,9 +392,10 @@ def test_a_real_ct_with_synthetic_lesions_is_merged_with_the_phantom(raw: Path, 
     real = write_real_ct_dataset(raw, 101, cases=3)
     assert main(["phantom", "-d", "102", "--size", "tiny"]) == 0
     phantom = next(raw.glob("Dataset102_*"))
-    assert main(["merge", "-d", "101", "102", "-o", "110"]) == 0
-    said = capsys.readouterr().out
-    assert "are the same scan" in said, "deformed copies of one patient, away from where they were deformed"
+    assert main(["merge", "-d", "101", "102", "-o", "110"]) == 1
+    assert "d101_synthetic_lesions_00 = test" in capsys.readouterr().err, "the test case is what was deformed"
+    assert main(["merge", "-d", "101", "102", "-o", "110", "--allow-overlap", "101"]) == 0
+    assert "are test scans too (allowed)" in capsys.readouterr().out
     folder, content = merged(raw)
     labels = content["labels"]
     assert {"liver", "kidney left", "liver synthetic lesion", "liver tumor", "pancreas"} <= set(labels)
