@@ -252,15 +252,17 @@ def _finish(progress: Progress, name: str, handle: Any, retries: int, say: Calla
         say(f"{name}: done")
     elif progress.entries[name]["attempts"] <= retries:
         progress.set(name, "waiting")
-        say(f"{name}: lost ({_first_line(error)}); once more")
+        say(f"{name}: lost ({_reason(error)}); once more")
     else:
         progress.set(name, "failed", error=str(error))
-        say(f"{name}: failed ({_first_line(error)})")
+        say(f"{name}: failed ({_reason(error)})")
 
 
-def _first_line(error: BaseException | None) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__
+def _reason(error: BaseException | None) -> str:
+    """The line of submitit's long message that says what was raised, or its last one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines if line.startswith("zept_nnunet.errors.")]
+    return (raised or lines or [type(error).__name__])[-1][:300]
 
 
 def _submitit() -> Any:

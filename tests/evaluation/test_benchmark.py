@@ -42,7 +42,8 @@ def lits(raw: Path) -> LabeledCases:  # noqa: F811
 
 
 def test_references_get_the_models_values_and_say_what_they_label(raw: Path, tmp_path: Path) -> None:  # noqa: F811
-    model, test, out = Model.read(str(model_folder(tmp_path))), lits(raw), tmp_path / "out"
+    folder = model_folder(tmp_path, unseen={"spleen tumor": {"hosts": ["spleen"], "label": 6}})
+    model, test, out = Model.read(str(folder)), lits(raw), tmp_path / "out"
     table, names = matched(model, test)
     assert table == {0: 0, 1: 2, 2: 4, 3: 0} and names == {"Liver": "liver", "tumor": "liver tumor"}
     write_references(model, test, out)

@@ -170,7 +170,8 @@ def write_references(model: Model, test: LabeledCases, out: Path) -> None:
         partial.rename(target)
     everything = set(names.values())
     patterns_out = {"*": sorted(everything)} if all(set(a) == everything for a in annotated.values()) else annotated
-    zept = {**(model.dataset_json.get("zept") or {}), "annotated": patterns_out}
+    own = {k: v for k, v in (model.dataset_json.get("zept") or {}).items() if k != "unseen"}  # no classes of the model
+    zept = {**own, "annotated": patterns_out}
     content = {**model.dataset_json, "labels": ours, "zept": zept}
     (out / "dataset.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
