@@ -14,7 +14,6 @@ that entry, so no image is copied. Three kinds:
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import json
@@ -30,7 +29,13 @@ from filelock import FileLock
 from scipy import ndimage  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from zept_nnunet.datasets.raw_folder import new_dataset, relabeled, write_dataset_json
+from zept_nnunet.datasets.raw_folder import (
+    new_dataset,
+    read_dataset_json,
+    relabeled,
+    training_cases,
+    write_dataset_json,
+)
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy, annotated_for, annotated_patterns, declared_unseen
@@ -68,10 +73,7 @@ class Source:
             ZePTError: dataset.json is missing, its labels are regions, or some cases do not label every class.
         """
         path = folder / "dataset.json"
-        try:
-            dataset_json = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ZePTError(f"{path} cannot be read ({error}); a dataset in nnU-Net's raw format holds one") from error
+        dataset_json = read_dataset_json(folder)
         taxonomy = Taxonomy.from_dataset_json(dataset_json, str(path))
         if taxonomy.has_regions:
             raise ZePTError(
@@ -94,10 +96,7 @@ class Source:
 
     def cases(self) -> dict[str, dict[str, Any]]:
         """Case identifier → its training `images` (list of paths) and `label` (path), as nnU-Net finds them."""
-        from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-        found = get_filenames_of_train_images_and_targets(str(self.folder), copy.deepcopy(self.dataset_json))
-        return {str(case): found[case] for case in sorted(found)}
+        return training_cases(self.folder, self.dataset_json)
 
     def reader(self, example: str) -> Any:
         """An instance of nnU-Net's reader and writer for this dataset."""

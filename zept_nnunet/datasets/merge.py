@@ -29,7 +29,8 @@ import yaml
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.model_organs import ModelOrgans
-from zept_nnunet.datasets.raw_folder import relabeled, write_dataset_json
+from zept_nnunet.datasets.raw_folder import read_dataset_json, relabeled, training_cases, write_dataset_json
+from zept_nnunet.datasets.same_scan import Ties
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.names import infer_hosts, is_generic_tumor, may_overlap, name_key, normalize_name
@@ -115,20 +116,14 @@ class MergeSource:
             ZePTError: it is missing or cannot be understood.
         """
         path = folder / "dataset.json"
-        try:
-            dataset_json = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ZePTError(f"{path} cannot be read ({error}); a dataset in nnU-Net's raw format holds one") from error
+        dataset_json = read_dataset_json(folder)
         taxonomy = Taxonomy.from_dataset_json(dataset_json, str(path))
         return cls(folder, dataset_json, taxonomy, annotated_patterns(dataset_json, str(path)), organs_from)
 
     @cached_property
     def cases(self) -> dict[str, dict[str, Any]]:
         """Case → its training `images` and `label`, as nnU-Net finds them."""
-        from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-        found = get_filenames_of_train_images_and_targets(str(self.folder), json.loads(json.dumps(self.dataset_json)))
-        return {str(case): found[case] for case in sorted(found)}
+        return training_cases(self.folder, self.dataset_json)
 
     @property
     def channels(self) -> dict[str, str]:
@@ -492,15 +487,11 @@ class Merge:
             names.append(name)
             strata.append(source.id)
             groups.append(self.patient_of(source, case))
-        # scans that are the same tie their patients together
-        tied: dict[str, str] = {}
-        for name, group in zip(names, groups, strict=True):
-            leader = same.get(name, name)
-            tied.setdefault(leader, group)
-        union = _Groups()
-        for name, group in zip(names, groups, strict=True):
-            union.tie(group, tied[same.get(name, name)])
-        roots = [union.root(g) for g in groups]
+        patient = dict(zip(names, groups, strict=True))
+        ties = Ties()
+        for name, leader in same.items():  # scans that are the same tie their patients together
+            ties.tie(patient[name], patient[leader])
+        roots = [ties.root(g) for g in groups]
         folds = min(NUM_FOLDS, len(set(roots)))
         if folds < 2:
             raise ZePTError("all cases are of one patient: there is nothing to validate on")
@@ -526,24 +517,6 @@ class Merge:
         if found is None:
             raise ZePTError(f"the map's patients[{source.id}] {expression.pattern!r} does not fit the case {case!r}")
         return f"{source.id}/patient/{found[1]}"
-
-
-class _Groups:
-    """Names that are tied together."""
-
-    def __init__(self) -> None:
-        self._leader: dict[str, str] = {}
-
-    def root(self, name: str) -> str:
-        """One name that stands for all that are tied to this one."""
-        while self._leader.get(name, name) != name:
-            name = self._leader[name]
-        return name
-
-    def tie(self, a: str, b: str) -> None:
-        """From now on both have one root."""
-        low, high = sorted((self.root(a), self.root(b)))
-        self._leader[high] = low
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -29,6 +30,28 @@ def new_dataset(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def read_dataset_json(folder: Path) -> dict[str, Any]:
+    """The dataset.json of a raw dataset's folder.
+
+    Raises:
+        ZePTError: it is missing or no JSON.
+    """
+    path = folder / "dataset.json"
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ZePTError(f"{path} cannot be read ({error}); a dataset in nnU-Net's raw format holds one") from error
+    return content
+
+
+def training_cases(folder: Path, dataset_json: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Case identifier → its training `images` (list of paths) and `label` (path), as nnU-Net finds them."""
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    found = get_filenames_of_train_images_and_targets(str(folder), copy.deepcopy(dict(dataset_json)))
+    return {str(case): found[case] for case in sorted(found)}
 
 
 def write_dataset_json(folder: Path, content: Mapping[str, Any]) -> None:

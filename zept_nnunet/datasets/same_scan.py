@@ -225,17 +225,28 @@ def read_landmarks(path: Path) -> Landmarks:
 
 def groups_of(names: Sequence[str], pairs: Iterable[SameScan]) -> dict[str, str]:
     """Each name → one name that stands for all that are the same scan, also by way of a third."""
-    leader = {name: name for name in names}
+    ties = Ties()
+    for pair in pairs:
+        ties.tie(pair.first, pair.second)
+    return {name: ties.root(name) for name in names}
 
-    def root(name: str) -> str:
-        while leader[name] != name:
-            name = leader[name]
+
+class Ties:
+    """Names that are tied together, also by way of others."""
+
+    def __init__(self) -> None:
+        self._leader: dict[str, str] = {}
+
+    def root(self, name: str) -> str:
+        """One name that stands for all that are tied to this one, the first in alphabetical order."""
+        while self._leader.get(name, name) != name:
+            name = self._leader[name]
         return name
 
-    for pair in pairs:
-        a, b = sorted((root(pair.first), root(pair.second)))
-        leader[b] = a
-    return {name: root(name) for name in names}
+    def tie(self, a: str, b: str) -> None:
+        """From now on both have one root."""
+        low, high = sorted((self.root(a), self.root(b)))
+        self._leader[high] = low
 
 
 def summary(pairs: Sequence[SameScan], limit: int = 10) -> str:

@@ -18,7 +18,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.merge import class_key
-from zept_nnunet.datasets.raw_folder import relabeled
+from zept_nnunet.datasets.raw_folder import read_dataset_json, relabeled, training_cases
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.jobs import Job
 from zept_nnunet.taxonomy import Taxonomy, Tumor, annotated_for, annotated_patterns, declared_unseen
@@ -75,18 +75,14 @@ class LabeledCases:
         Raises:
             ZePTError: there are none, or an image is missing.
         """
-        path = folder / "dataset.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            ending = content["file_ending"]
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            raise ZePTError(f"{path} cannot be read ({error!r})") from error
+        content = read_dataset_json(folder)
+        if "file_ending" not in content:
+            raise ZePTError(f"{folder / 'dataset.json'} names no file_ending")
+        ending = content["file_ending"]
         labels = sorted((folder / "labelsTs").glob(f"*{ending}"))
         if split == "training" or (split == "auto" and not labels):
-            from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-            found = get_filenames_of_train_images_and_targets(str(folder), json.loads(json.dumps(content)))
-            cases = {str(c): ([Path(i) for i in f["images"]], Path(f["label"])) for c, f in sorted(found.items())}
+            found = training_cases(folder, content)
+            cases = {c: ([Path(i) for i in f["images"]], Path(f["label"])) for c, f in found.items()}
         else:
             names = [p.name.removesuffix(ending) for p in labels]
             images = {c: sorted((folder / "imagesTs").glob(f"{c}_[0-9][0-9][0-9][0-9]{ending}")) for c in names}
