@@ -169,7 +169,7 @@ def labels_table(merge: Merge) -> str:
 
 def print_geometry(sources: list[MergeSource]) -> None:
     """Orientation and spacing of every dataset, and what differs."""
-    from zept_nnunet.datasets.merge import geometry_of
+    from zept_nnunet.datasets.geometry import geometry_of
 
     codes: set[str] = set()
     print()
