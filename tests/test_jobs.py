@@ -42,6 +42,17 @@ def test_jobs_run_one_after_the_other_and_what_is_done_is_left_out(tmp_path: Pat
     assert {e["state"] for e in read_status(tmp_path / "out").values()} == {"done"}
 
 
+def test_attempts_and_other_jobs_stay_in_the_status(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_here([job(tmp_path, "a")], out, {})
+    run_here([job(tmp_path, "b")], out, {})
+    run_here([job(tmp_path, "b")], out, {})
+    assert {n: (e["state"], e["attempts"]) for n, e in read_status(out).items()} == {"a": ("done", 1), "b": ("done", 1)}
+    (tmp_path / "done" / "a").unlink()
+    run_here([job(tmp_path, "a")], out, {})
+    assert read_status(out)["a"]["attempts"] == 2 and read_status(out)["b"]["attempts"] == 1
+
+
 def test_a_command_that_fails_or_leaves_nothing_stops_it(tmp_path: Path) -> None:
     python = Path(sys.executable).name
     for code, words in (("raise SystemExit(3)", "exit status 3"), ("pass", "ended without")):

@@ -46,16 +46,26 @@ class Job:
 
 
 class Progress:
-    """What each job is doing, in memory and in FOLDER/status.json."""
+    """What each job is doing, in memory and in FOLDER/status.json.
+
+    What the file says of other jobs stays there, and so do the attempts of earlier runs.
+    """
 
     def __init__(self, jobs: Sequence[Job], folder: Path):
         check(jobs)
         self.jobs = {job.name: job for job in jobs}
         self.path = folder / STATUS
+        earlier = read_status(folder) if self.path.is_file() else {}
+        self.others = {name: entry for name, entry in earlier.items() if name not in self.jobs}
         self.entries: dict[str, dict[str, Any]] = {
-            job.name: {"state": "done" if job.is_done() else "waiting", "purpose": job.purpose, "attempts": 0}
+            job.name: {
+                "state": "done" if job.is_done() else "waiting",
+                "purpose": job.purpose,
+                "attempts": earlier.get(job.name, {}).get("attempts", 0),
+            }
             for job in jobs
         }
+        self.before = {name: entry["attempts"] for name, entry in self.entries.items()}
         folder.mkdir(parents=True, exist_ok=True)
         self.write()
 
@@ -63,6 +73,10 @@ class Progress:
         """Change a job's state and note facts about it."""
         self.entries[name] |= {"state": state, **facts}
         self.write()
+
+    def attempts(self, name: str) -> int:
+        """How often this run has begun a job."""
+        return int(self.entries[name]["attempts"] - self.before[name])
 
     def of(self, *states: str) -> list[str]:
         """Names of the jobs in these states."""
@@ -84,7 +98,7 @@ class Progress:
     def write(self) -> None:
         """Whole or not at all: another process may read it at any time."""
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.entries, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(self.others | self.entries, indent=2) + "\n", encoding="utf-8")
         partial.rename(self.path)
 
 
@@ -233,10 +247,10 @@ def run_on_cluster(
         time.sleep(_NAP_S)
     failed = progress.of("failed")
     if failed:
-        entry = progress.entries[failed[0]]
+        skipped, log = len(progress.of("skipped")), progress.entries[failed[0]]["log"]
         raise ZePTError(
-            f"{failed} failed in {entry['attempts']} attempts each, {len(progress.of('skipped'))} jobs that need them "
-            f"were left out. Log of the first: {entry['log']}. Mend the reason and run the same command again"
+            f"{failed} failed in {progress.attempts(failed[0])} attempts each, {skipped} jobs that need them were left "
+            f"out. Log of the first: {log}. Mend the reason and run the same command again"
         )
 
 
@@ -250,7 +264,7 @@ def _finish(progress: Progress, name: str, handle: Any, retries: int, say: Calla
     if error is None and progress.jobs[name].is_done():
         progress.set(name, "done")
         say(f"{name}: done")
-    elif progress.entries[name]["attempts"] <= retries:
+    elif progress.attempts(name) <= retries:
         progress.set(name, "waiting")
         say(f"{name}: lost ({_reason(error)}); once more")
     else:

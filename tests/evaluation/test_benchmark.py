@@ -114,13 +114,15 @@ def test_one_row_a_dataset_and_class_and_a_column_a_model(tmp_path: Path) -> Non
         "dataset": "Dataset201_A", "class": "liver tumor", "scope": "volume", "metric": "dsc",
         "ours": "0.900 (0.800–0.950) [unseen]", "theirs": "–",
     }  # fmt: skip
-    assert [p.name for p in write_table(table, tmp_path)] == ["benchmark.csv", "benchmark.md"]
+    assert [p.name for p in write_table(table, tmp_path)] == ["benchmark.csv", "benchmark.md", "benchmark.html"]
     assert "| Dataset201_A | liver tumor |" in (tmp_path / "benchmark.md").read_text()
+    page = (tmp_path / "benchmark.html").read_text()
+    assert '<td data-label="ours">0.900 (0.800–0.950) [unseen]</td>' in page and "http" not in page.split("<body>")[1]
 
 
 def test_every_model_is_predicted_before_it_is_evaluated(raw: Path, tmp_path: Path) -> None:  # noqa: F811
     model, test = Model.read(f"ours={model_folder(tmp_path)}"), lits(raw)
-    jobs = jobs_of([model], [test], tmp_path / "out", ["-f", "0"], [])
+    jobs = jobs_of({model.name: model.folder}, [test], tmp_path / "out", ["-f", "0"], [])
     assert [j.name for j in jobs] == ["predict_ours_Dataset201_LiTS", "evaluate_ours_Dataset201_LiTS"]
     assert jobs[1].needs == (jobs[0].name,) and "--save_scores" in jobs[0].command
 
@@ -132,6 +134,7 @@ def test_bad_arguments_are_refused(raw: Path, tmp_path: Path, capsys: Any) -> No
     out = ["benchmark", "-o", str(tmp_path / "out")]
     for arguments, words in (
         ([], "wanted models"),
+        (["--suite", "zept-cvpr24", "-m", folder], "or --suite NAME without both"),
         (["-m", str(tmp_path), "-d", "201"], "dataset.json is missing"),
         (["-m", folder, folder, "-d", "202"], "two models have one name"),
         (["-m", folder, "-d", "201"], "no class in common"),

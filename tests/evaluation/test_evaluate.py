@@ -117,9 +117,11 @@ def test_the_report(folders: Folders, capsys: pytest.CaptureFixture[str]) -> Non
         "pancreas": True,
         "liver tumor": True,
         "pancreas tumor": False,
+        "(organs)": True,
         "(seen tumors)": True,
         "(unseen tumors)": False,
     }
+    assert mean.loc["(organs)", "value"] == pytest.approx(mean.loc[["liver", "pancreas"], "value"].mean())
     holding = [folders.value(c, "liver tumor", "dsc") for c in folders.cases if c.startswith("case")]
     assert mean.loc["liver tumor", "value"] == pytest.approx(np.mean(holding))
     assert mean.loc["liver tumor", "ci_low"] <= mean.loc["liver tumor", "value"] <= mean.loc["liver tumor", "ci_high"]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zept_nnunet.commands.merge import dataset_of, folder_of
+from zept_nnunet.commands.merge import dataset_of, folder_of, merged_name
 from zept_nnunet.errors import ZePTError
+
+if TYPE_CHECKING:
+    from zept_nnunet.jobs import Job
 
 
 def register(subparsers: Any) -> None:
@@ -16,15 +21,25 @@ def register(subparsers: Any) -> None:
         "benchmark",
         help="models on datasets by their IDs, in one table",
         description="Predict and evaluate every model on every dataset and put the figures in one table "
-        "(benchmark.csv, benchmark.md). Classes are matched by name and synonym; a dataset is judged on the classes "
-        "that it labels. What is done is skipped, so a killed run goes on.",
+        "(benchmark.csv, .md and .html). Classes are matched by name and synonym; a dataset is judged on the classes "
+        "that it labels. With --suite: merge, plan and train first, and put the published figures beside ours. What is "
+        "done is skipped, so a killed run goes on.",
     )
     parser.add_argument("-o", required=True, type=Path, metavar="FOLDER", help="output folder")
     parser.add_argument("-m", nargs="+", default=[], metavar="[NAME=]MODEL_FOLDER", help="models")
     parser.add_argument("-d", nargs="+", default=[], metavar="ID", help="datasets: IDs or names")
+    parser.add_argument("--suite", metavar="NAME", help="a published table (zept-cvpr24), or a YAML file of that form")
+    parser.add_argument("--ids", nargs="+", default=[], metavar="NAME=ID", help="--suite: your datasets by its names")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="--suite: datasets to leave out")
+    parser.add_argument("--merged", metavar="ID", help="--suite: ID of the merged training dataset, or its name")
+    parser.add_argument("-tr", nargs="+", default=["ZePTTrainer"], help="--suite: trainers (default: ZePTTrainer)")
+    parser.add_argument("-c", default="3d_fullres", help="--suite: configuration (default: 3d_fullres)")
+    parser.add_argument("-pl", default="ZePTPlanner", help="--suite: planner (default: ZePTPlanner)")
     parser.add_argument("--split", default="auto", choices=("auto", "test", "training"),
                         help="which cases (default: labelsTs where it is there, else the training cases)")  # fmt: skip
-    parser.add_argument("-f", nargs="+", default=None, metavar="FOLD", help="folds (default: those of zept predict)")
+    parser.add_argument(
+        "-f", nargs="+", default=None, metavar="FOLD", help="folds (default: those of zept predict; --suite: 0 to 4)"
+    )
     parser.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="default: cuda")
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring at test time")
     parser.add_argument("--bootstrap", type=int, default=1000, help="bootstrap samples (default: 1000)")
@@ -43,18 +58,23 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, write references, run the jobs, write the table."""
-    import shlex
+    from zept_nnunet.jobs import read_status, status_table
 
-    from zept_nnunet.jobs import read_status, run_here, run_on_cluster, status_table
+    parameters_of(args.parameter)
 
     if args.status:
         print(status_table(read_status(args.o)))
         return 0
+    if bool(args.suite) == bool(args.m or args.d):
+        raise ZePTError("wanted models, -m MODEL_FOLDER …, and datasets, -d ID …; or --suite NAME without both")
+    raw = folder_of("nnUNet_raw")
+    return run_suite(args, raw) if args.suite else run_models(args, raw)
+
+
+def run_models(args: argparse.Namespace, raw: Path) -> int:
+    """Models that are trained, on datasets."""
     if not args.m or not args.d:
         raise ZePTError("wanted models, -m MODEL_FOLDER …, and datasets, -d ID …")
-    raw = folder_of("nnUNet_raw")
-    parameters = parameters_of(args.parameter)
-
     from zept_nnunet.evaluation import benchmark
 
     models = [benchmark.Model.read(m) for m in args.m]
@@ -64,25 +84,92 @@ def run(args: argparse.Namespace) -> int:
     for model in models:
         for test in tests:
             benchmark.matched(model, test)
-    predict = ["-device", args.device, *(["--disable_tta"] if args.disable_tta else [])]
-    predict += ["-f", *args.f] if args.f else []
-    evaluate = ["--bootstrap", str(args.bootstrap), "-np", str(args.np), "--disable_progress_bar"]
-    jobs = benchmark.jobs_of(models, tests, args.o.resolve(), predict, evaluate)
+    out = args.o.resolve()
+    jobs = benchmark.jobs_of({m.name: m.folder for m in models}, tests, out, *flags_of(args))
     if args.dry_run:
-        print("\n".join(shlex.join(job.command) for job in jobs))
+        print(commands_of(jobs))
         return 0
     for model in models:
         for test in tests:
-            benchmark.write_references(model, test, args.o.resolve() / "data" / model.name / test.folder.name)
+            benchmark.write_references(model, test, out / "data" / model.name / test.name)
+    execute(jobs, args)
+    _finish(args, benchmark.table_of(models, tests, out))
+    return 0
+
+
+def run_suite(args: argparse.Namespace, raw: Path) -> int:
+    """Train what a published table asks for, then as `run_models`, and its figures beside ours."""
+    from zept_nnunet.evaluation import benchmark
+    from zept_nnunet.evaluation.suite import Suite, SuiteRun, Training, find_datasets
+
+    suite = Suite.read(args.suite).without(args.without)
+    ids = {}
+    for entry in args.ids:
+        name, sign, dataset = entry.rpartition("=")
+        if not sign:
+            raise ZePTError(f"--ids wants NAME=ID, got {entry!r}")
+        ids[name] = dataset_of(dataset, raw)
+    datasets = find_datasets(suite, raw, ids)
+    training = [datasets[n] for n in suite.training]
+    if len(training) > 1 and not args.merged:
+        raise ZePTError(f"--suite merges {len(training)} datasets: give the merged one an ID, --merged ID")
+    target = raw / merged_name(args.merged, training, raw) if len(training) > 1 else training[0]
+    how = Training(tuple(args.tr), args.c, tuple(args.f or "01234"), args.pl, args.device)
+    plan = SuiteRun(suite, datasets, target, how, folder_of("nnUNet_results"))
+    out = args.o.resolve()
+    jobs = plan.training_jobs(out)
+    if args.dry_run:
+        print(commands_of([*jobs, *plan.announced(out, *flags_of(args))]))
+        return 0
+    if plan.labels():
+        plan.write_map(out)
+    execute(jobs, args)
+    tests = {test.name: plan.cases_of(test) for test in suite.tests}
+    different = list({cases.name: cases for cases in tests.values()}.values())
+    for trainer in plan.training.trainers:
+        for cases in different:
+            benchmark.write_references(plan.model(trainer, cases), cases, out / "data" / trainer / cases.name)
+            if cases.is_predicted:
+                plan.link_validation(trainer, cases, out / "predictions" / trainer / cases.name)
+    execute(benchmark.jobs_of(plan.models(), different, out, *flags_of(args)), args)
+    table = plan.table({name: cases.name for name, cases in tests.items()}, out)
+    left_out = [f"Left out: {', '.join(args.without)}."] if args.without else []
+    trained = f"Trained on {', '.join(suite.training)}; {args.c}, folds {', '.join(how.folds)}."
+    _finish(args, table, suite.title, [suite.source, *suite.notes, trained, *left_out])
+    return 0
+
+
+def flags_of(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Of `zept predict` and of `zept evaluate`."""
+    predict = ["-device", args.device, *(["--disable_tta"] if args.disable_tta else [])]
+    predict += ["-f", *args.f] if args.f else []
+    return predict, ["--bootstrap", str(args.bootstrap), "-np", str(args.np), "--disable_progress_bar"]
+
+
+def commands_of(jobs: Sequence[Job]) -> str:
+    """As one would type them."""
+    return "\n".join(shlex.join(job.command) for job in jobs)
+
+
+def execute(jobs: list[Job], args: argparse.Namespace) -> None:
+    """Run the jobs here, or on a cluster."""
+    from zept_nnunet.evaluation import benchmark
+    from zept_nnunet.jobs import run_here, run_on_cluster
+
     if args.cluster:
+        parameters = parameters_of(args.parameter)
         run_on_cluster(jobs, args.o, benchmark.environment(), args.cluster, parameters, args.retries, args.jobs)
     else:
         run_here(jobs, args.o, benchmark.environment())
-    table = benchmark.table_of(models, tests, args.o.resolve())
-    paths = benchmark.write_table(table, args.o)
+
+
+def _finish(args: argparse.Namespace, table: Any, *words: Any) -> None:
+    """Write and print the table."""
+    from zept_nnunet.evaluation import benchmark
+
+    paths = benchmark.write_table(table, args.o, *words)
     print(table.to_string(index=False))
     print(f"\nwritten: {', '.join(map(str, paths))}")
-    return 0
 
 
 def parameters_of(given: list[str]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise ZePTError("-d wants two datasets or more (one with --organs-from)")
     organs = _organs(args, folders, {f: MergeSource.read(f) for f in folders})
     sources = [MergeSource.read(folder, organs.get(folder)) for folder in folders]
-    target = raw / _target_name(args.o, folders, raw)
+    target = raw / merged_name(args.o, folders, raw)
     merge = Merge(sources, MergeMap.read(Path(args.map)) if args.map else None)
     print(labels_table(merge))
     print_geometry(sources)
@@ -107,7 +107,12 @@ def dataset_of(name: str, raw: Path) -> Path:
     return found[0]
 
 
-def _target_name(name: str, folders: list[Path], raw: Path) -> str:
+def merged_name(name: str, folders: list[Path], raw: Path) -> str:
+    """The merged dataset's name, from an ID or a name.
+
+    Raises:
+        ZePTError: it is neither, or the ID belongs to another dataset.
+    """
     if name.isdigit() and 0 < int(name) < 1000:
         name = f"Dataset{int(name):03d}_Merged{''.join(f.name[7:10] for f in folders)}"
     if not (name.startswith("Dataset") and name[7:10].isdigit() and name[10:11] == "_" and name[11:]):

@@ -17,9 +17,11 @@ from typing import Any
 import pandas as pd  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from zept_nnunet.commands.trainers_path import trainers_path
 from zept_nnunet.datasets.merge import class_key
 from zept_nnunet.datasets.raw_folder import read_dataset_json, relabeled, training_cases
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.evaluation.html_report import page_environment, version, write
 from zept_nnunet.jobs import Job
 from zept_nnunet.taxonomy import Taxonomy, Tumor, annotated_for, annotated_patterns, declared_unseen
 
@@ -62,6 +64,13 @@ class LabeledCases:
     folder: Path
     dataset_json: dict[str, Any]
     cases: dict[str, tuple[list[Path], Path]]  # case → images by channel, label
+    called: str | None = None
+    is_predicted: bool = False  # by the folds of the training that held them out
+
+    @property
+    def name(self) -> str:
+        """In the table, and of the folders."""
+        return self.called or self.folder.name
 
     @classmethod
     def read(cls, folder: Path, split: str = "auto") -> LabeledCases:
@@ -143,7 +152,7 @@ def write_references(model: Model, test: LabeledCases, out: Path) -> None:
     table |= {ignore: ours["ignore"]} if ignore is not None else {}
     patterns = annotated_patterns(test.dataset_json, str(test.folder / "dataset.json"))
     annotated = {}
-    for case, (images, label) in tqdm(test.cases.items(), desc=f"references of {test.folder.name}", unit="case"):
+    for case, (images, label) in tqdm(test.cases.items(), desc=f"references of {test.name}", unit="case"):
         named = annotated_for(case, patterns)
         annotated[case] = [own for name, own in names.items() if named is None or name in named]
         for channel, image in enumerate(images):
@@ -173,30 +182,38 @@ def write_references(model: Model, test: LabeledCases, out: Path) -> None:
 
 
 def jobs_of(
-    models: Sequence[Model],
+    models: Mapping[str, Path],
     tests: Sequence[LabeledCases],
     out: Path,
     predict_flags: Sequence[str],
     evaluate_flags: Sequence[str],
 ) -> list[Job]:
-    """Predict and evaluate every model on every dataset."""
+    """Predict, where that is not done, and evaluate every model on every dataset.
+
+    Args:
+        models: name → folder.
+        tests: of which only the names count.
+        out: the benchmark's folder.
+        predict_flags, evaluate_flags: of `zept predict` and `zept evaluate`.
+    """
     jobs = []
-    for model in models:
+    for model, folder in models.items():
         for test in tests:
-            data, predictions, report = (out / part / model.name / test.folder.name for part in PARTS)
-            name = f"{model.name}_{test.folder.name}"
-            command = ("zept", "predict", "-m", str(model.folder), "-i", str(data / "images"), "-o", str(predictions))
+            data, predictions, report = (out / part / model / test.name for part in PARTS)
+            name = f"{model}_{test.name}"
+            command = ("zept", "predict", "-m", str(folder), "-i", str(data / "images"), "-o", str(predictions))
             flags = ("--save_scores", "--continue_prediction", *predict_flags)
             predict = f"predict_{name}"
-            jobs.append(Job(predict, f"{model.name} on {test.folder.name}", (*command, *flags), out / "done" / predict))
+            if not test.is_predicted:
+                jobs.append(Job(predict, f"{model} on {test.name}", (*command, *flags), out / "done" / predict))
             judge = (
                 "zept", "evaluate", "-r", str(data / "labels"), "--dataset-json", str(data / "dataset.json"),
                 "-i", str(predictions), "-o", str(report), "--overwrite", *evaluate_flags,
             )  # fmt: skip
             evaluate = f"evaluate_{name}"
-            purpose = f"figures of {model.name} on {test.folder.name}"
-            done = out / "done" / evaluate
-            jobs.append(Job(evaluate, purpose, judge, done, (predict,), report / "metrics.csv"))
+            purpose = f"figures of {model} on {test.name}"
+            done, needs = out / "done" / evaluate, () if test.is_predicted else (predict,)
+            jobs.append(Job(evaluate, purpose, judge, done, needs, report / "metrics.csv"))
     return jobs
 
 
@@ -208,11 +225,11 @@ def table_of(models: Sequence[Model], tests: Sequence[LabeledCases], out: Path) 
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
     for model in models:
         for test in tests:
-            metrics = pd.read_csv(out / "reports" / model.name / test.folder.name / "metrics.csv")
+            metrics = pd.read_csv(out / "reports" / model.name / test.name / "metrics.csv")
             for _, row in metrics[metrics["case"] == "mean"].iterrows():
                 if (row["scope"], row["metric"]) not in METRICS or row["class"].startswith("("):
                     continue
-                key = (test.folder.name, row["class"], row["scope"], row["metric"])
+                key = (test.name, row["class"], row["scope"], row["metric"])
                 interval = "" if pd.isna(row["ci_low"]) else f" ({row['ci_low']:.3f}–{row['ci_high']:.3f})"
                 seen = "" if row["seen"] else " [unseen]"
                 text = "–" if pd.isna(row["value"]) else f"{row['value']:.3f}{interval}{seen}"
@@ -221,16 +238,19 @@ def table_of(models: Sequence[Model], tests: Sequence[LabeledCases], out: Path) 
     return pd.DataFrame(list(rows.values()), index=index).fillna("–").reset_index()
 
 
-def write_table(table: pd.DataFrame, out: Path) -> list[Path]:
-    """benchmark.csv and benchmark.md."""
-    paths = [out / "benchmark.csv", out / "benchmark.md"]
+def write_table(table: pd.DataFrame, out: Path, title: str = "Benchmark", notes: Sequence[str] = ()) -> list[Path]:
+    """benchmark.csv, benchmark.md and benchmark.html. `notes`: paragraphs above the table, in the latter two."""
+    paths = [out / f"benchmark.{ending}" for ending in ("csv", "md", "html")]
     table.to_csv(paths[0], index=False)
-    paths[1].write_text(table.to_markdown(index=False) + "\n", encoding="utf-8")
+    text = "\n\n".join([f"# {title}", *notes, table.to_markdown(index=False)])
+    paths[1].write_text(text + "\n", encoding="utf-8")
+    page = page_environment().get_template("html_benchmark.html.j2")
+    rows = [[str(v) for v in row] for row in table.itertuples(index=False)]
+    write(paths[2], page.render(title=title, notes=notes, columns=list(table.columns), rows=rows, version=version()))
     return paths
 
 
 def environment() -> dict[str, str]:
-    """nnU-Net's folders, for jobs that run elsewhere."""
-    return {
-        name: os.environ[name] for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results") if name in os.environ
-    }
+    """What nnU-Net and its trainers read, for jobs that run elsewhere; where the trainers are, unless somebody says."""
+    found = {"nnUNet_extTrainer": str(trainers_path())}
+    return found | {k: v for k, v in os.environ.items() if k.startswith(("nnUNet_", "ZEPT_"))}

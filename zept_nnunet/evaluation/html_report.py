@@ -76,32 +76,45 @@ def render(page: Page) -> str:
     matched = columns[-1].key if rate is not None else None
     script = find_script()
     shown = _cases(page, classes, not isinstance(script, str))
-    environment = jinja2.Environment(
+    return (
+        page_environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=page.title,
+            version=version(),
+            is_synthetic="zept_phantom" in page.dataset_json,
+            methods=[_describe(i, m) for i, m in enumerate(methods)],
+            classes=classes,
+            colors=["#{:02x}{:02x}{:02x}".format(*CLASS_COLORS[i % len(CLASS_COLORS)]) for i in range(len(classes))],
+            columns=[c.title for c in columns],
+            groups=_groups(methods, classes, columns),
+            rate=rate,
+            curves={c: _curves(methods, classes, c) for c in ("roc", "froc")},
+            healthy=[(c.name, healthy_figure(methods, c.name, rate, matched)) for c in classes],
+            healthy_scans=_healthy_scans(page.methods, classes),
+            few_healthy=FEW_HEALTHY,
+            cases=shown,
+            script=script,
+            viewer=[case["volumes"] for case in shown if case["volumes"] is not None],
+            montages=[case["montage"] for case in shown if case["montage"] is not None],
+        )
+    )
+
+
+def page_environment() -> jinja2.Environment:
+    """Of every page's template."""
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("zept_nnunet.evaluation", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(
-        title=page.title,
-        version=metadata.version("zept-nnunet"),
-        is_synthetic="zept_phantom" in page.dataset_json,
-        methods=[_describe(i, m) for i, m in enumerate(methods)],
-        classes=classes,
-        colors=["#{:02x}{:02x}{:02x}".format(*CLASS_COLORS[i % len(CLASS_COLORS)]) for i in range(len(classes))],
-        columns=[c.title for c in columns],
-        groups=_groups(methods, classes, columns),
-        rate=rate,
-        curves={c: _curves(methods, classes, c) for c in ("roc", "froc")},
-        healthy=[(c.name, healthy_figure(methods, c.name, rate, matched)) for c in classes],
-        healthy_scans=_healthy_scans(page.methods, classes),
-        few_healthy=FEW_HEALTHY,
-        cases=shown,
-        script=script,
-        viewer=[case["volumes"] for case in shown if case["volumes"] is not None],
-        montages=[case["montage"] for case in shown if case["montage"] is not None],
-    )
+
+
+def version() -> str:
+    """Of this package."""
+    return metadata.version("zept-nnunet")
 
 
 def table_columns(rate: float | None) -> list[Column]:

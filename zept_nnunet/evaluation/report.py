@@ -20,7 +20,7 @@ from zept_nnunet.evaluation.ranking import decode
 from zept_nnunet.evaluation.run import MethodResult, healthy_scans
 
 COLUMNS = ["case", "class", "seen", "scope", "metric", "value", "unit", "ci_low", "ci_high", "seed", "cases"]
-SEEN_GROUP, UNSEEN_GROUP = "(seen tumors)", "(unseen tumors)"
+ORGAN_GROUP, SEEN_GROUP, UNSEEN_GROUP = "(organs)", "(seen tumors)", "(unseen tumors)"
 LIBRARIES = (
     "zept-nnunet",
     "numpy",
@@ -41,17 +41,25 @@ def aggregates(
     draws: Draws,
     strata: Mapping[str, Mapping[str, frozenset[str]]] | None = None,
 ) -> Aggregates:
-    """Every class, every stratum as `CLASS [STRATUM]`, and the groups of seen and unseen tumors."""
+    """Every class, every stratum as `CLASS [STRATUM]`, and the groups: organs, seen and unseen tumors.
+
+    Organs that no case labels do not count in theirs.
+    """
     rates = settings.fp_rates if any(result.thresholds) else ()
     found: Aggregates = {}
     for c in result.table.classes:
         found[c.name, c.seen] = aggregate(result.seeds, c, draws, rates)
         for stratum, cases in sorted((strata or {}).get(c.name, {}).items()):
             found[f"{c.name} [{stratum}]", c.seen] = aggregate(result.seeds, c, draws, rates, cases)
-    for name, seen in ((SEEN_GROUP, True), (UNSEEN_GROUP, False)):
-        members = [found[c.name, c.seen] for c in result.table.tumors if c.seen == seen]
-        if members:
-            found[name, seen] = group(members)
+    tumors = [(c.name, c.seen) for c in result.table.tumors]
+    organs = [(c.name, c.seen) for c in result.table.classes if not c.is_tumor]
+    for name, seen, keys in (
+        (ORGAN_GROUP, True, [k for k in organs if found[k]]),
+        (SEEN_GROUP, True, [k for k in tumors if k[1]]),
+        (UNSEEN_GROUP, False, [k for k in tumors if not k[1]]),
+    ):
+        if keys:
+            found[name, seen] = group([found[k] for k in keys])
     return found
 
 
