@@ -23,7 +23,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from zept_nnunet.commands.baseline import RECIPES
 from zept_nnunet.commands.trainers_path import trainers_path
+from zept_nnunet.threads import KEEP_MEMORY
 from zept_nnunet.training.budget import training_minutes
 
 RESULTS = Path(__file__).parent / "results" / "zero_shot.csv"
@@ -61,7 +62,11 @@ class Workspace:
 
     def environment(self, seed: int) -> dict[str, str]:
         """Datasets are shared by the seeds; each has results of its own."""
-        threads = {} if self.args.device != "cpu" else {"OMP_WAIT_POLICY": "PASSIVE"}
+        threads = {}
+        if self.args.device == "cpu":
+            # nnU-Net gives every core to each training, whatever OMP_NUM_THREADS says: side by side they wait for
+            # each other. And memory that is given back after every step is paid for by page faults.
+            threads = {"ZEPT_THREADS": str(max(1, (os.cpu_count() or 1) // self.args.jobs))} | KEEP_MEMORY
         budget = {"EPOCHS": self.args.epochs, "ITERATIONS": self.args.iterations, "MINUTES": self.args.minutes}
         return os.environ | threads | {
             "nnUNet_raw": str(self.folder / "nnUNet_raw"),
@@ -155,10 +160,11 @@ class Workspace:
 
     def link_test_cases(self, dataset: Path) -> None:
         """Make a folder with links to images and references of some test cases, drawn once and for all."""
+        record = phantom_of(dataset)
         cases = sorted(p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTs").glob("*.nii.gz"))
-        count = min(self.args.test_cases, len(cases))
+        holds = {case: {lesion["class"] for lesion in record["cases"][case]["lesions"]} for case in cases}
         folder = self.folder / self.test
-        for case in random.Random(0).sample(cases, count):  # not every so many: lesions come in turns
+        for case in draw_cases(holds, record["final_unseen"], self.args.test_cases):
             for link in (folder / "imagesTs" / f"{case}_0000.nii.gz", folder / "labelsTs" / f"{case}.nii.gz"):
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if not link.exists():
@@ -184,11 +190,11 @@ class Workspace:
         configuration = self.args.configuration
         trained = results / f"{ZEPT_TRAINER}__{plans}__{configuration}"
         fold, grown = trained / "fold_0", results / f"{ZEPT_TRAINER}__{plans}_plus__{configuration}"
-        if not (fold / "validation" / "summary.json").is_file():
-            going_on = ["--val"] if (fold / "checkpoint_final.pth").is_file() else []
-            going_on = going_on or (["--c"] if (fold / "checkpoint_latest.pth").is_file() else [])
+        if not (fold / "checkpoint_final.pth").is_file():
+            going_on = ["--c"] if (fold / "checkpoint_latest.pth").is_file() else []
             which = (str(self.dataset_id), configuration, "0", "-tr", ZEPT_TRAINER, "-p", plans)
-            self.run(seed, name, "nnUNetv2_train", *which, "-device", self.args.device, *going_on)
+            device = ("-device", self.args.device)
+            self.run(seed, name, "nnUNetv2_train", *which, *device, *going_on, ZEPT_VALIDATE="0")  # nothing reads it
         if not grown.is_dir():
             self.run(seed, name, "zept", "add-tumor", trained, "--declared")
         for split in splits or images:
@@ -241,6 +247,26 @@ class Workspace:
         return path
 
 
+def draw_cases(holds: Mapping[str, Set[str]], final: Collection[str], count: int) -> list[str]:
+    """Some test cases, as many healthy ones as of each tumor type, and of final-unseen types, which no figure is taken
+    of, none; fewer of a type that has fewer.
+
+    Args:
+        holds: case → types of its tumors.
+        final: the final-unseen types.
+        count: how many in all.
+    """
+    groups: dict[frozenset[str], list[str]] = {}
+    for case in sorted(holds):
+        if not set(final) & holds[case]:
+            groups.setdefault(frozenset(holds[case]), []).append(case)
+    share = max(1, count // len(groups))
+    chooser = random.Random(0)
+    return [
+        c for kind in sorted(groups, key=sorted) for c in chooser.sample(groups[kind], min(share, len(groups[kind])))
+    ]
+
+
 def minutes_of(workspace: Workspace, method: str, seed: int, plans: str = PLANS) -> float:
     """Wall-clock of the training, from nnU-Net's own log; NaN where there is no model. A method of ZePT has plans."""
     import torch
@@ -267,7 +293,9 @@ def arguments(description: str | None, names: tuple[str, ...], kind: str) -> arg
     parser.add_argument("--epochs", type=int, help="default: 20, unless --minutes is given")
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--minutes", type=float, help="train for this wall-clock time instead of --epochs")
-    parser.add_argument("--test-cases", type=int, metavar="N", help="predict N of the test cases alone")
+    parser.add_argument(
+        "--test-cases", type=int, metavar="N", help="predict about N test cases alone, as many of each kind"
+    )
     parser.add_argument("--device", default=None, choices=("cuda", "cpu", "mps"), help="default: cuda if there is one")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--workspace", type=Path, default=Path("zept_zero_shot"))

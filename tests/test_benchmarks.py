@@ -155,3 +155,14 @@ def test_equal_iterations_and_equal_wall_clock_stand_side_by_side(
     assert shown.count("zept") == shown.count("any_tumor") == 2  # one table a run
     assert re.findall("equal iterations: 3x250 +equal wall-clock: 10min", shown)
     assert len(re.findall("0.750 ± 0.071 +0.550 ± 0.071", shown)) == 2 * 2
+
+
+@pytest.mark.parametrize("script", ["zero_shot"], indirect=True)
+def test_some_test_cases_are_as_many_of_each_kind_and_none_of_final_types(script: ModuleType) -> None:
+    holds = {f"healthy{i:02d}": set() for i in range(20)}
+    holds |= {f"liver{i}": {"liver tumor", "kidney tumor"} for i in range(8)}
+    holds |= {f"spleen{i}": {"spleen tumor"} for i in range(3)} | {f"pancreas{i}": {"pancreas tumor"} for i in range(8)}
+    drawn = script.draw_cases(holds, ["pancreas tumor", "stomach tumor"], 15)
+    assert drawn == script.draw_cases(dict(reversed(holds.items())), ["stomach tumor", "pancreas tumor"], 15)
+    counts = {kind: sum(case.startswith(kind) for case in drawn) for kind in ("healthy", "liver", "spleen", "pancreas")}
+    assert counts == {"healthy": 5, "liver": 5, "spleen": 3, "pancreas": 0} and len(set(drawn)) == 13

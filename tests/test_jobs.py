@@ -93,7 +93,8 @@ def descendants(pid: int) -> list[int]:
 
 def kill_first(out: Path, name: str) -> None:
     """Kill the first attempt with all that it has started, as a node that goes down would."""
-    for _ in range(600):
+    until = time.monotonic() + 600
+    while time.monotonic() < until:
         try:
             entry = json.loads((out / "status.json").read_text())[name]
             pid = int(entry["job_id"]) if entry["state"] == "running" else 0

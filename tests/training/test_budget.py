@@ -131,3 +131,20 @@ def test_class_names_and_order_of_the_parents() -> None:
     names = [c.__name__ for c in ZePTTrainerPaperBudget.__mro__]
     assert names.index("Budgeted") < names.index("ZePTTrainerPaper") < names.index("ZePTTrainer")
     assert ZePTTrainerPaperBudget.variant == "paper" and ZePTTrainerBudget.variant == "zept"
+
+
+def test_the_final_validation_can_be_left_out_and_runs_without_mirroring(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def validate(self: nnUNetTrainer, save_probabilities: bool = False) -> None:
+        seen.append((self.inference_allowed_mirroring_axes, save_probabilities))
+
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", validate)
+    trainer = object.__new__(Budgeted)
+    trainer.inference_allowed_mirroring_axes = (0, 1)
+    monkeypatch.setattr(Budgeted, "print_to_log_file", lambda self, *words: None)
+    trainer.perform_actual_validation(True)
+    assert seen == [(None, True)] and trainer.inference_allowed_mirroring_axes == (0, 1)
+    monkeypatch.setenv("ZEPT_VALIDATE", "0")
+    trainer.perform_actual_validation()
+    assert len(seen) == 1

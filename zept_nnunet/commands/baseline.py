@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from zept_nnunet.commands.demo import Step, positive_int, run_step
 from zept_nnunet.commands.trainers_path import trainers_path
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.threads import cpu_threads
 
 if TYPE_CHECKING:
     from zept_nnunet.datasets.derived import Source
@@ -330,7 +331,7 @@ class Runner:
         from zept_nnunet.inference.baselines import OUT_OF_DISTRIBUTION, Method, Model, predict
 
         if self.args.device == "cpu":
-            torch.set_num_threads(os.cpu_count() or 1)
+            torch.set_num_threads(cpu_threads())
         fold = "all" if self.args.f == "all" else int(self.args.f)
         model = Model(folder, fold, self.args.device, not self.args.disable_tta, self.args.np)
         method = Method.of(self.name, self.source, labels, self.args.sigma_mm)

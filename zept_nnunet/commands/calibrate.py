@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 from zept_nnunet.commands.predict import process_default
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.threads import cpu_threads
 
 
 def register(subparsers: Any) -> None:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ZePTError("no CUDA device is available; choose another with -device cpu")
-    torch.set_num_threads(multiprocessing.cpu_count() if args.device == "cpu" else 1)
+    torch.set_num_threads(cpu_threads() if args.device == "cpu" else 1)
     predictor = ZePTPredictor(
         tile_step_size=args.step_size,
         use_mirroring=not args.disable_tta,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
 
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.threads import cpu_threads
 
 
 def register(subparsers: Any) -> None:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ZePTError("no CUDA device is available; choose another with -device cpu")
     if args.device == "cpu":
-        torch.set_num_threads(multiprocessing.cpu_count())
+        torch.set_num_threads(cpu_threads())
     elif args.device == "cuda":
         torch.set_num_threads(1)
 

@@ -3,6 +3,8 @@
     ZEPT_EPOCHS, ZEPT_ITERATIONS    how many epochs, and iterations an epoch
     ZEPT_MINUTES                    instead of epochs: train for this wall-clock time, the schedule laid over it
     ZEPT_OPTIMIZER                  of the comparison trainers: adamw (at their own rate) or sgd (nnU-Net's)
+    ZEPT_THREADS                    of the network on a CPU, where several trainings share its cores
+    ZEPT_VALIDATE                   0: no final validation (nnU-Net's prediction of the fold's validation cases)
 
 What is unset stays the trainer's own. The budget is written into the fold's folder (`BUDGET_FILE`), so that a run with
 another one is not mistaken for this one.
@@ -21,6 +23,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.threads import VARIABLE, cpu_threads
 from zept_nnunet.training.trainer import ZePTTrainer
 from zept_nnunet.training.variants import ZePTTrainerPaper
 
@@ -109,6 +112,8 @@ class Budgeted(nnUNetTrainer):
         budget = Budget.from_environment()  # before the parent makes the results folder
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.budget = budget
+        if self.device.type == "cpu" and VARIABLE in os.environ:
+            torch.set_num_threads(cpu_threads())
         self.save_every = 1  # --c before the first periodic checkpoint would fall back to the best one
         if budget.epochs is not None:
             self.num_epochs = budget.epochs
@@ -160,7 +165,13 @@ class Budgeted(nnUNetTrainer):
             self.on_train_end()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's, without mirroring: no comparison reads it, and eight passes a patch take minutes on a CPU."""
+        """nnU-Net's, without mirroring: no comparison reads it, and eight passes a patch take minutes on a CPU.
+
+        Nothing with ZEPT_VALIDATE=0.
+        """
+        if os.environ.get("ZEPT_VALIDATE") == "0":
+            self.print_to_log_file("ZEPT_VALIDATE=0: the validation cases are not predicted")
+            return
         name = "inference_allowed_mirroring_axes"  # nnU-Net declares no type
         axes = getattr(self, name)
         setattr(self, name, None)
