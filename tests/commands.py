@@ -49,6 +49,9 @@ class Workspace:
             "nnUNet_npp": "1",
             "nnUNet_nps": "1",
             "OMP_NUM_THREADS": "1",
+            # nnU-Net gives every core to each command; tests run side by side, and threads that spin take the others'
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "ZEPT_THREADS": "1",
         }
 
     def run(self, *command: str | Path, fails: bool = False, **environment: str) -> str:

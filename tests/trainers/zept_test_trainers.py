@@ -30,6 +30,7 @@ class _Short:
         device: torch.device = CUDA,
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)  # type: ignore[call-arg]
+        torch.set_num_threads(1)
         self.num_epochs, self.save_every = self.epochs, 1
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = self.iterations, 1
 

@@ -105,17 +105,28 @@ def test_labeled_voxels_are_darker_by_the_drawn_contrast(no_gradients: None, mon
     assert 0.6 * ball < np.median(sizes) < 1.1 * ball  # cut at the host's surface, never larger
 
 
-def test_the_label_is_where_the_blend_is_above_one_half(no_gradients: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_label_is_where_the_blend_is_above_one_half_and_reaches_the_surface(
+    no_gradients: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the surface the change fades, as partial volume asks, and the label stays."""
     ranges = {**RANGES, "contrast_hu": (-80.0, -80.0, "HU"), "texture_hu": (0.0, 0.0, "HU")}
     monkeypatch.setattr(anomalies, "HYPODENSE_SHARE", 1.0)
     before, insert = sample(), transform(ranges=ranges, max_anomalies=1)
     before["image"] *= 0
+    at_surface = 0
     for seed in range(10):
         np.random.seed(seed)
         after = insert(**before)
         blend = after["image"] * CT.hu_per_unit / -80.0
-        assert torch.equal(after["segmentation"] >= 101, blend > 0.5)
+        is_labeled = after["segmentation"] >= 101
+        host = int(after["segmentation"].max()) - 100
+        organ = (before["segmentation"] == host) | (host == 1) & (before["segmentation"] == TUMOR)
+        inside = _neighborhood_share(organ[0])[None] == 1
+        assert torch.equal(is_labeled & inside, (blend > 0.5) & inside)
+        assert not ((blend > 0.5) & ~is_labeled).any()
+        at_surface += int((is_labeled & ~inside & (blend < 0.5)).sum())
         assert ((blend > 0.02) & (blend < 0.98)).any()  # a soft edge
+    assert at_surface > 20
 
 
 def test_draws_stay_in_their_ranges_and_are_mostly_hypodense() -> None:

@@ -7,9 +7,10 @@ Construction. A soft union of one to five Gaussian lobes around a center (Blinn,
 stretched frame, plus a few plane waves of low frequency; the level is the one at which the free shape has the volume of
 a sphere of the drawn radius. The gradient turns the field into a distance in mm, and a logistic edge blends an offset
 with correlated texture (random Fourier features: Rahimi and Recht, NeurIPS 2007) into the host. A voxel is labeled
-where the blend exceeds one half, as partial volume asks; at the host's surface the blend fades with the share of organ
-in the neighborhood. Nothing but host voxels is ever changed. Centers are drawn where most of the anomaly lies in the
-host; what would still reach beyond is cut off, so there are no exophytic anomalies.
+where the blend exceeds one half, as partial volume asks. At the host's surface the *change* fades with the share of
+organ in the neighborhood; the label does not, or training would teach that no lesion reaches the surface. Nothing but
+host voxels is ever changed. Centers are drawn where at least half of the anomaly lies in the host; what would still
+reach beyond is cut off, so there are no exophytic anomalies.
 
 Ranges (`RANGES`), and why:
     contrast_hu  Most solid abdominal tumors are hypodense to parenchyma in the portal venous phase. Of 57 pancreatic
@@ -77,7 +78,7 @@ TYPICAL_ORGAN_SD_HU = 20.0
 _GRID = 29  # points along each axis of the grid on which a shape is computed
 _REACH = 2.6  # half of that grid's width, in radii
 _WAVES, _TEXTURE_WAVES = 8, 32
-_IN_HOST = 0.7  # share of the ball around a center that should lie in the host
+_IN_HOST = 0.5  # share of the ball around a center that should lie in the host
 _LOGISTIC = 2 * math.log(9)  # 10-90 % width of a logistic edge, in its scale
 
 
@@ -237,8 +238,8 @@ class InsertAnomalies(BasicTransform):
         is_organ = in_host.clone()
         for label in (value, *self.tumor_labels):
             is_organ |= labels[crop] == label
+        is_anomaly = blend > 0.5  # on the organ's surface too: many lesions reach it
         blend *= _neighborhood_share(is_organ)
-        is_anomaly = blend > 0.5
         painted = int(is_anomaly.sum())
         if painted < max(MIN_VOXELS, 0.3 * self._voxels_of(anomaly.radius_mm)):
             return
