@@ -127,8 +127,8 @@ class InsertAnomalies(BasicTransform):
         tumor_labels: Iterable[int],
         spacing_mm: Sequence[float],
         scales: Sequence[IntensityScale | None],
-        probability: float = 0.5,
-        max_anomalies: int = 2,
+        probability: float = 0.8,
+        max_anomalies: int = 4,
         ranges: Mapping[str, tuple[float, float, str]] = RANGES,
     ):
         """
