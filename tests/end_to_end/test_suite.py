@@ -52,13 +52,13 @@ def test_a_suite_through_jobs_of_which_one_is_killed(tmp_path: Path) -> None:
     assert {e["state"] for e in status.values()} == {"done"} and len(status) == len(announced)
     assert status[f"train_{TRAINER}_0"]["attempts"] == 2
 
-    table = pd.read_csv(out / "benchmark.csv").set_index("test")
+    table = pd.read_csv(out / "benchmark.csv", dtype=str, keep_default_na=False).set_index("test")
     assert list(table["in training"]) == ["no (unseen)", "yes", "yes"]
     assert list(table["published"]) == ["0.9000", "–", "0.8000"]
     for name in ("unseen", "seen", "held out"):
         value = float(table.loc[name, TRAINER].split()[0])
         assert 0 <= value <= 1
-    assert "–" in table.loc["unseen", TRAINER] and table.loc["unseen", "cases"] > 1  # an interval
+    assert int(table.loc["unseen", "cases"]) == len(list((workspace.raw / "Dataset922_ZePTPhantom/labelsTs").iterdir()))
     assert "Two phantoms" in (out / "benchmark.html").read_text() and (out / "benchmark.md").is_file()
     again = workspace.run(*command)  # nothing is left to do
     assert "===" not in again and f"{len(announced)} done" in workspace.run("zept", "benchmark", "-o", out, "--status")
