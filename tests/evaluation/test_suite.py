@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def test_a_type_that_no_training_dataset_labels_is_unseen_and_gets_hosts(raw: Pa
     assert jobs["add_tumors_ZePTTrainer"].command[-4:] == ("--name", "spleen tumor", "--host", "spleen")
     assert jobs["add_tumors_ZePTTrainer"].needs == ("train_ZePTTrainer_0", "train_ZePTTrainer_1")
     assert jobs["merge"].command[-2:] == ("--test", "Dataset203_Test")
+    allowing = replace(run, allowed=("Test",)).training_jobs(tmp_path / "out")[0]
+    assert allowing.command[-2:] == ("--allow-overlap", "Dataset203_Test")
 
 
 def test_validation_cases_come_from_the_folds_that_held_them_out(raw: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -96,7 +99,8 @@ def test_the_table_puts_published_figures_beside_ours(raw: Path, tmp_path: Path)
         (tmp_path / "reports" / "ZePTTrainer" / name).mkdir(parents=True)
         frame.to_csv(tmp_path / "reports" / "ZePTTrainer" / name / "metrics.csv")
     names = {"A": "Dataset203_Test", "B": "Dataset203_Test", "C": "Dataset201_Organs_validation"}
-    table = run.table(names, tmp_path)
+    table = replace(run, allowed=("Organs",)).table(names, tmp_path)
+    assert [bool(n) for n in table["note"]] == [False, False, True]
     assert list(table["ZePTTrainer"]) == ["0.9500 (0.9000–0.9900)", "0.5000", "0.7000 (0.6000–0.8000)"]
     assert list(table["published"]) == ["0.9000", "–", "0.8000"]
     assert list(table["in training"]) == ["no (unseen)", "yes", "yes"] and list(table["cases"]) == [1, 1, 1]
@@ -143,6 +147,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(raw: Path, tmp_
         (["--suite", file, "--ids", "X=201"], "the suite has"),
         (["--suite", file, "--ids", "201"], "wants NAME=ID"),
         (["--suite", file, "--without", "X"], "the suite has"),
+        (["--suite", file, *ids, "--merged", "210", "--allow-overlap", "X"], "--allow-overlap X: the suite has"),
         (["--suite", file, "--without", "Organs", "Livers"], "no training dataset is left"),
     ):
         assert main(["benchmark", *arguments, *out]) == 1

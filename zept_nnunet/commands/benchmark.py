@@ -31,6 +31,10 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--suite", metavar="NAME", help="a published table (zept-cvpr24), or a YAML file of that form")
     parser.add_argument("--ids", nargs="+", default=[], metavar="NAME=ID", help="--suite: your datasets by its names")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="--suite: datasets to leave out")
+    parser.add_argument(
+        "--allow-overlap", nargs="+", default=[], metavar="NAME",
+        help="--suite: datasets whose test scans may be among training; the table says so",
+    )  # fmt: skip
     parser.add_argument("--merged", metavar="ID", help="--suite: ID of the merged training dataset, or its name")
     parser.add_argument("-tr", nargs="+", default=["ZePTTrainer"], help="--suite: trainers (default: ZePTTrainer)")
     parser.add_argument("-c", default="3d_fullres", help="--suite: configuration (default: 3d_fullres)")
@@ -115,7 +119,10 @@ def run_suite(args: argparse.Namespace, raw: Path) -> int:
         raise ZePTError(f"--suite merges {len(training)} datasets: give the merged one an ID, --merged ID")
     target = raw / merged_name(args.merged, training, raw) if len(training) > 1 else training[0]
     how = Training(tuple(args.tr), args.c, tuple(args.f or "01234"), args.pl, args.device)
-    plan = SuiteRun(suite, datasets, target, how, folder_of("nnUNet_results"))
+    plan = SuiteRun(suite, datasets, target, how, folder_of("nnUNet_results"), tuple(args.allow_overlap))
+    unknown = [n for n in args.allow_overlap if n not in suite.datasets]
+    if unknown:
+        raise ZePTError(f"--allow-overlap {unknown[0]}: the suite has {suite.datasets}")
     out = args.o.resolve()
     jobs = plan.training_jobs(out)
     if args.dry_run:

@@ -220,6 +220,7 @@ class SuiteRun:
     target: Path
     training: Training
     results: Path  # nnUNet_results
+    allowed: tuple[str, ...] = ()  # datasets of the suite whose test scans may be among training
 
     @cached_property
     def merge(self) -> Merge:
@@ -297,16 +298,11 @@ class SuiteRun:
         jobs = []
         if self.is_merged:
             tests = [n for n in self.suite.datasets if n not in self.suite.training]
-            command = [
-                "zept",
-                "merge",
-                "-d",
-                *(self.datasets[n].name for n in self.suite.training),
-                "-o",
-                self.target.name,
-            ]
+            command = ["zept", "merge", "-d", *(self.datasets[n].name for n in self.suite.training)]
+            command += ["-o", self.target.name]
             command += ["--map", str(self.map_file(out))] if self.labels() else []
             command += ["--test", *(self.datasets[n].name for n in tests)] if tests else []
+            command += ["--allow-overlap", *(self.datasets[n].name for n in self.allowed)] if self.allowed else []
             jobs.append(Job("merge", f"merge {len(self.suite.training)} datasets", tuple(command), done / "merge",
                             output=self.target / "dataset.json"))  # fmt: skip
         plan = ("zept", "plan", "-d", number, "-pl", t.planner, "-c", t.configuration)
@@ -414,7 +410,8 @@ class SuiteRun:
                 metrics = pd.read_csv(out / "reports" / trainer / names[test.name] / "metrics.csv")
                 row[trainer] = figure(metrics, own, test)
             row["cases"] = len(set(metrics["case"]) - {"mean", "pooled"})
-            row["note"] = test.note
+            overlap = "its scans may be among training (--allow-overlap)" if test.dataset in self.allowed else ""
+            row["note"] = "; ".join(filter(None, (test.note, overlap)))
             rows.append(row)
         return pd.DataFrame(rows)
 
