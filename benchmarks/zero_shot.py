@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from zept_nnunet.commands.baseline import RECIPES
 from zept_nnunet.commands.trainers_path import trainers_path
-from zept_nnunet.threads import KEEP_MEMORY
+from zept_nnunet.threads import KEEP_MEMORY, cpu_threads
 from zept_nnunet.training.budget import training_minutes
 
 RESULTS = Path(__file__).parent / "results" / "zero_shot.csv"
@@ -66,7 +66,7 @@ class Workspace:
         if self.args.device == "cpu":
             # nnU-Net gives every core to each training, whatever OMP_NUM_THREADS says: side by side they wait for
             # each other. And memory that is given back after every step is paid for by page faults.
-            threads = {"ZEPT_THREADS": str(max(1, (os.cpu_count() or 1) // self.args.jobs))} | KEEP_MEMORY
+            threads = {"ZEPT_THREADS": str(max(1, cpu_threads() // self.args.jobs))} | KEEP_MEMORY
         budget = {"EPOCHS": self.args.epochs, "ITERATIONS": self.args.iterations, "MINUTES": self.args.minutes}
         return os.environ | threads | {
             "nnUNet_raw": str(self.folder / "nnUNet_raw"),

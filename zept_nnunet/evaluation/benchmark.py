@@ -230,12 +230,18 @@ def table_of(models: Sequence[Model], tests: Sequence[LabeledCases], out: Path) 
                 if (row["scope"], row["metric"]) not in METRICS or row["class"].startswith("("):
                     continue
                 key = (test.name, row["class"], row["scope"], row["metric"])
-                interval = "" if pd.isna(row["ci_low"]) else f" ({row['ci_low']:.3f}–{row['ci_high']:.3f})"
-                seen = "" if row["seen"] else " [unseen]"
-                text = "–" if pd.isna(row["value"]) else f"{row['value']:.3f}{interval}{seen}"
-                rows.setdefault(key, {})[model.name] = text
+                seen = "" if row["seen"] or pd.isna(row["value"]) else " [unseen]"
+                rows.setdefault(key, {})[model.name] = with_interval(row) + seen
     index = pd.MultiIndex.from_tuples(list(rows), names=["dataset", "class", "scope", "metric"])
     return pd.DataFrame(list(rows.values()), index=index).fillna("–").reset_index()
+
+
+def with_interval(row: Mapping[str, Any], digits: int = 3) -> str:
+    """A row of metrics.csv as a cell: its value and 95 % interval, or "–" where it is not defined."""
+    if pd.isna(row["value"]):
+        return "–"
+    interval = "" if pd.isna(row["ci_low"]) else f" ({row['ci_low']:.{digits}f}–{row['ci_high']:.{digits}f})"
+    return f"{row['value']:.{digits}f}{interval}"
 
 
 def write_table(table: pd.DataFrame, out: Path, title: str = "Benchmark", notes: Sequence[str] = ()) -> list[Path]:

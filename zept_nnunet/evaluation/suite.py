@@ -22,7 +22,7 @@ import yaml
 from zept_nnunet.datasets.merge import Merge, MergedClass, MergeMap, MergeSource, class_key
 from zept_nnunet.datasets.prepare import KEY as RECIPE_KEY
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.evaluation.benchmark import LabeledCases, Model, jobs_of
+from zept_nnunet.evaluation.benchmark import LabeledCases, Model, jobs_of, with_interval
 from zept_nnunet.evaluation.report import ORGAN_GROUP
 from zept_nnunet.jobs import Job
 from zept_nnunet.knowledge.catalog import catalog
@@ -341,13 +341,15 @@ class SuiteRun:
         """The jobs that follow the training, before there is a model."""
         tests = {}
         for test in self.suite.tests:
-            folder = self.datasets[test.dataset]
-            held_out = test.split == "validation"
-            name = f"{folder.name}_validation" if held_out else folder.name
-            tests[name] = LabeledCases(folder, {}, {}, called=name, is_predicted=held_out)
+            name, held_out = self.name_of(test), test.split == "validation"
+            tests[name] = LabeledCases(self.datasets[test.dataset], {}, {}, called=name, is_predicted=held_out)
         return jobs_of(self.models(), list(tests.values()), out, predict_flags, evaluate_flags)
 
     # ------------------------------------------------------------------------------------------------ cases
+    def name_of(self, test: SuiteTest) -> str:
+        """Of a test's `LabeledCases`."""
+        return self.datasets[test.dataset].name + ("_validation" if test.split == "validation" else "")
+
     def cases_of(self, test: SuiteTest) -> LabeledCases:
         """What is predicted, or was in validation, for one test. For the latter merge and folds must be there.
 
@@ -358,30 +360,26 @@ class SuiteRun:
         if test.split != "validation":
             return LabeledCases.read(folder, test.split)
         merged = LabeledCases.read(self.target, "training")
-        validated = {p.name for _, p in self.validation_files()}
         ending = merged.dataset_json["file_ending"]
-        prefix = f"d{folder.name[7:10]}_" if self.is_merged else ""
+        validated = {p.name for trainer in self.training.trainers for p in self.validation_files(trainer, ending)}
+        prefix = next(s for s in self.merge.sources if s.folder == folder).merged_case("") if self.is_merged else ""
         kept = {c: f for c, f in merged.cases.items() if c.startswith(prefix) and c + ending in validated}
         if not kept:
             raise ZePTError(f"{test.name}: no trained fold has validated a case of {folder.name}")
-        return replace(merged, cases=kept, called=f"{folder.name}_validation", is_predicted=True)
+        return replace(merged, cases=kept, called=self.name_of(test), is_predicted=True)
 
-    def validation_files(self) -> list[tuple[str, Path]]:
-        """(trainer, file) of the final validation of every trained fold."""
-        found = []
-        for trainer in self.training.trainers:
-            for fold in self.training.folds:
-                files = (self.model_folder(trainer, False) / f"fold_{fold}" / "validation").glob("*.nii.gz")
-                found += [(trainer, path) for path in sorted(files)]
-        return found
+    def validation_files(self, trainer: str, ending: str) -> list[Path]:
+        """Of the final validation of every trained fold."""
+        model = self.model_folder(trainer, False)
+        return [p for f in self.training.folds for p in sorted((model / f"fold_{f}" / "validation").glob(f"*{ending}"))]
 
     def link_validation(self, trainer: str, cases: LabeledCases, predictions: Path) -> None:
         """The folds' own predictions of `cases` in one folder, with the dataset.json that evaluation reads."""
         predictions.mkdir(parents=True, exist_ok=True)
         ending = cases.dataset_json["file_ending"]
-        for of, path in self.validation_files():
+        for path in self.validation_files(trainer, ending):
             link = predictions / path.name
-            if of == trainer and path.name.removesuffix(ending) in cases.cases and not link.exists():
+            if path.name.removesuffix(ending) in cases.cases and not link.exists():
                 link.symlink_to(path.resolve())
         folder = self.model_folder(trainer, False)
         for name in ("dataset.json", "plans.json"):
@@ -420,7 +418,4 @@ def figure(metrics: pd.DataFrame, name: str, test: SuiteTest) -> str:
     """The mean over cases of one figure, with its interval; "–" where it is not defined."""
     wanted = (metrics["class"] == name) & (metrics["scope"] == test.scope) & (metrics["metric"] == test.metric)
     rows = metrics[wanted & (metrics["case"] == "mean")]
-    if rows.empty or pd.isna(rows.iloc[0]["value"]):
-        return "–"
-    value, low, high = (float(rows.iloc[0][k]) for k in ("value", "ci_low", "ci_high"))
-    return f"{value:.4f}" + ("" if pd.isna(low) else f" ({low:.4f}–{high:.4f})")
+    return "–" if rows.empty else with_interval(rows.iloc[0], digits=4)

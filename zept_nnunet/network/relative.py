@@ -216,7 +216,9 @@ class RelativeHead(nn.Module):
         self.organs_per_chunk = organs_per_chunk
         conv = nn.Conv3d if dimensions == 3 else nn.Conv2d
         self.layers = nn.Sequential(
-            conv(features.num_features, width, 3, padding=1),  # the dearest layer; 1 × 1 × 1 loses (docs/method.md)
+            conv(
+                features.num_features, width, 3, padding=1
+            ),  # the dearest layer; 1 × 1 × 1 is no better (docs/method.md)
             nn.LeakyReLU(0.01),
             conv(width, width, 3, padding=1),
             nn.LeakyReLU(0.01),
