@@ -17,7 +17,7 @@ from zept_nnunet.knowledge.vectors import text_key
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy
 
-VERSION = 5
+VERSION = 6
 
 _SHARED = {
     "width": 128,  # D

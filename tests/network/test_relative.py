@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.network.relative import NUM_SAMPLES, RelativeFeatures, RelativeHead, robust_statistics
+from zept_nnunet.network.pooling import mean_of_neighbors
+from zept_nnunet.network.relative import (
+    NUM_SAMPLES,
+    RelativeFeatures,
+    RelativeHead,
+    boxes_of,
+    build_relative_head,
+    robust_statistics,
+)
 
 SIZE = (16, 20, 24)
 FAR = 30.0  # a support logit of certainty
@@ -103,7 +111,7 @@ def test_permuting_organs_permutes_the_outputs_and_chunks_change_nothing() -> No
     queries, order = torch.randn(1, 4, 6), torch.tensor([2, 0, 3, 1])
     features = RelativeFeatures(2, 4, query_width=6)
     torch.nn.init.normal_(features.population_of.weight)
-    head = RelativeHead(features, 3)
+    head = RelativeHead(features)
     a, b = head(x, f, u, queries), head(x, f, u[:, order], queries[:, order])
     assert a.shape == u.shape
     torch.testing.assert_close(a[:, order], b)
@@ -120,6 +128,73 @@ def test_permuting_organs_permutes_the_outputs_and_chunks_change_nothing() -> No
         torch.testing.assert_close(chunked[name], grad, msg=name)
 
 
+@pytest.mark.parametrize("pooling", [1, 2])
+@pytest.mark.parametrize("size", [(19, 21, 25), (19, 24)])
+def test_organs_cropped_to_where_they_are_give_what_the_whole_patch_gives(pooling: int, size: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    dimensions = len(size)
+    x, f, queries = torch.randn(2, 1, *size), torch.randn(2, 4, *size), torch.randn(2, 5, 6)
+    u = torch.full((2, 5, *size), -FAR)
+    u[0, 0, ..., 9:15] = FAR  # in the middle of one axis, from border to border along the others
+    u[0, 1, (0,) * (dimensions - 1)] = FAR  # at the border
+    u[1, 2, 8:12, 8:14] = torch.randn(u[1, 2, 8:12, 8:14].shape)  # half there; the fourth is nowhere
+    u[:, 4] = FAR  # everywhere
+    features = RelativeFeatures(2, 4, query_width=6, pooling=pooling)
+    torch.nn.init.normal_(features.population_of.weight)
+    head = RelativeHead(features)
+    inside = features.inside(u)
+    assert (inside > 0).flatten(2).any(2).tolist() == [
+        [True, True, False, False, True],
+        [False, False, True, False, True],
+    ]
+    shared = features.shared(x, f)
+    results = []
+    for compute in (head._cropped, head._chunked):
+        head.zero_grad()
+        logits = compute(*shared, inside, queries) * (inside > 0)
+        logits.square().sum().backward(retain_graph=True)
+        results.append((logits, {n: p.grad.clone() for n, p in head.named_parameters()}))
+    (mine, gradients), (wanted, others) = results
+    torch.testing.assert_close(mine, wanted)
+    assert wanted.abs().max() > 0.1
+    torch.testing.assert_close(gradients, others, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head(x, f, u, queries)[1, 3], torch.zeros(size))
+
+
+def test_boxes_of_masks() -> None:
+    masks = torch.zeros(3, 8, 10, dtype=torch.bool)
+    masks[0, 3:5, 9] = True
+    masks[2] = True
+    assert boxes_of(masks, 2) == [(slice(1, 7), slice(7, 10)), (), (slice(0, 8), slice(0, 10))]
+
+
+@pytest.mark.parametrize(
+    ("spacing", "pooling", "smoothing"),
+    [
+        ((1.0, 1.0, 1.0), (2, 2, 2), (3, 3, 3)),
+        ((2.5, 0.8, 0.8), (1, 2, 2), (1, 3, 3)),  # thick slices
+        ((7.4, 5.9, 5.9), (1, 1, 1), (3, 3, 3)),  # coarse voxels
+        ((5.0, 1.5), (1, 2), (1, 3)),
+    ],
+)
+def test_fine_voxels_are_pooled_and_thick_slices_not_smoothed(
+    spacing: tuple[float, ...], pooling: tuple[int, ...], smoothing: tuple[int, ...]
+) -> None:
+    features = build_relative_head(spacing, 4, 1, 0.1).features
+    assert (features.pooling, features.smoothing) == (pooling, smoothing)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 5), (3, 1)])
+@pytest.mark.parametrize("shape", [(6, 7, 5), (1, 2, 1)])
+def test_mean_of_neighbors_is_that_of_the_voxels_on_the_grid(kernel: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    shape = shape[: len(kernel)]
+    x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    mean = mean_of_neighbors(x, kernel)
+    for place in np.ndindex(*shape):
+        box = tuple(slice(max(0, p - k // 2), p + k // 2 + 1) for p, k in zip(place, kernel, strict=True))
+        torch.testing.assert_close(mean[(..., *place)], x[(..., *box)].flatten(2).mean(2))
+
+
 @pytest.mark.parametrize("size", [(7, 9, 5), (9, 7), (16, 20, 24)])
 @pytest.mark.parametrize("kind", ["absent", "everywhere", "single voxel", "saturated"])
 def test_finite_for_degenerate_organs_and_constant_images(size: tuple[int, ...], kind: str) -> None:
@@ -131,7 +206,7 @@ def test_finite_for_degenerate_organs_and_constant_images(size: tuple[int, ...],
         u[:] = torch.finfo(torch.float32).min
     for x in (torch.zeros(2, 1, *size), torch.full((2, 1, *size), -7.0), torch.randn(2, 1, *size) * 100):
         f = torch.randn(2, 4, *size, requires_grad=True)
-        head = RelativeHead(RelativeFeatures(2, 4), len(size))
+        head = RelativeHead(RelativeFeatures(2, 4))
         logits = head(x, f, u)
         logits.sum().backward()
         assert logits.shape == u.shape and logits.isfinite().all()
@@ -165,7 +240,7 @@ def test_support_gets_no_gradient_and_every_parameter_does() -> None:
     torch.manual_seed(0)
     u = supports((4, 14), (10, 24)).requires_grad_()
     f, queries = torch.randn(1, 4, *SIZE, requires_grad=True), torch.randn(1, 2, 6)
-    head = RelativeHead(RelativeFeatures(3, 4, query_width=6), 3)
+    head = RelativeHead(RelativeFeatures(3, 4, query_width=6))
     head(make_image(), f, u, queries).square().mean().backward()
     assert u.grad is None
     assert f.grad is not None and f.grad.abs().max() > 0
@@ -175,7 +250,7 @@ def test_support_gets_no_gradient_and_every_parameter_does() -> None:
 
 def test_no_parameter_depends_on_the_number_of_organs_and_autocast_keeps_float32() -> None:
     torch.manual_seed(0)
-    head = RelativeHead(RelativeFeatures(2, 4), 3)
+    head = RelativeHead(RelativeFeatures(2, 4))
     for organs in (1, 3, 11):
         assert head(make_image(), torch.randn(1, 4, *SIZE), supports(*[(2, 12)] * organs)).shape[1] == organs
     f = torch.randn(1, 4, *SIZE)
@@ -188,7 +263,7 @@ def test_no_parameter_depends_on_the_number_of_organs_and_autocast_keeps_float32
 
 
 def test_thick_slices_are_neither_pooled_nor_smoothed() -> None:
-    features = RelativeFeatures(0, 1, pooling=(1, 2, 2))
+    features = RelativeFeatures(0, 1, pooling=(1, 2, 2), smoothing=(1, 3, 3))
     x = torch.zeros(1, 1, *SIZE)
     x[:, :, 8] = 5.0
     r = features(x, torch.zeros(1, 1, *SIZE), supports((0, 24)))

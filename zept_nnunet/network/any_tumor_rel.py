@@ -38,7 +38,7 @@ class AnyTumorRelative(nn.Module):
         channels = self.encoder.output_channels[0]
         self.relative = build_relative_head(spacing, channels, image_channels, noise)
         last = self.relative.layers[-1]
-        assert isinstance(last, nn.Conv2d | nn.Conv3d) and last.bias is not None
+        assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)  # starts as the plain U-Net
         nn.init.zeros_(last.bias)
 

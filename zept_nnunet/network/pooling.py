@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 def mean_of_neighbors(x: Tensor, kernel: Sequence[int]) -> Tensor:
     """Mean over the voxels of a box that lie on the grid: (B, C, *) → (B, C, *).
 
-    Padded by hand where PyTorch's pooling refuses: an axis shorter than the kernel.
+    One axis after the other: on a CPU several times faster than PyTorch's pooling.
 
     Args:
         kernel: odd, of each of the 2 or 3 axes.
     """
-    pool = F.avg_pool3d if x.ndim == 5 else F.avg_pool2d
-    if all(size >= k for size, k in zip(x.shape[2:], kernel, strict=True)):
-        half = tuple(k // 2 for k in kernel)
-        return pool(x, tuple(kernel), stride=1, padding=half, count_include_pad=False)
-    around = [k // 2 for k in reversed(kernel) for _ in range(2)]
-    inside = torch.ones_like(x[:1, :1])
-    return pool(F.pad(x, around), tuple(kernel), stride=1) / pool(F.pad(inside, around), tuple(kernel), stride=1)
+    for axis, size in enumerate(kernel, start=2):
+        length, half = x.shape[axis], size // 2
+        if half == 0:
+            continue
+        total = x.clone()
+        for step in range(1, min(half, length - 1) + 1):
+            total.narrow(axis, step, length - step).add_(x.narrow(axis, 0, length - step))
+            total.narrow(axis, 0, length - step).add_(x.narrow(axis, step, length - step))
+        place = torch.arange(length, device=x.device)
+        count = place.clamp(max=half) + (length - 1 - place).clamp(max=half) + 1
+        x = total / count.to(x.dtype).view(length, *[1] * (x.ndim - axis - 1))
+    return x
 
 
 def highest_nearby(x: Tensor) -> Tensor:

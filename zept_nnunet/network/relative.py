@@ -37,11 +37,14 @@ NUM_SAMPLES = 1025
 """Voxels per organ for median and MAD; odd, so that the median is one of them."""
 
 _PROJECTED = 4  # channels of the projection of the finest features, in the models
-_THICK = 2.0  # an axis whose voxels are more than so many times the smallest is not pooled
+_THICK = 2.0  # an axis whose voxels are more than so many times the smallest is neither pooled nor smoothed
+_COARSE = 3.0  # mm; voxels beyond it are not pooled: a lesion of a few centimeters would be one or two of them
+_INSIDE = 0.05  # share of a pooled voxel below which an organ is not in it: what lies there is neither norm nor deviant
 _LIMIT = 10.0  # |r| beyond it says no more; outside an organ r would be hundreds
 _MAD_TO_SD = 1.4826
 _EPS = 1e-6
 _SMOOTHINGS = (0, 1, 3)  # passes of a 3-voxel box on the pooled grid
+_REACH = max(_SMOOTHINGS)  # pooled voxels around an organ that the head's logits in it depend on
 
 
 def weighted_samples(weights: Tensor, count: int = NUM_SAMPLES) -> Tensor:
@@ -95,6 +98,7 @@ class RelativeFeatures(nn.Module):
         noise: float | Sequence[float] = 0.1,
         query_width: int | None = None,
         pooling: int | Sequence[int] = 2,
+        smoothing: int | Sequence[int] = 3,
         prior_voxels: float = 64.0,
     ):
         """
@@ -104,7 +108,8 @@ class RelativeFeatures(nn.Module):
             noise: floor of σ for the intensities, one or one per image channel, in normalized units (of CT: noise in HU
                 divided by the standard deviation in the plans). Projected channels have 0.1, in units of their own.
             query_width: D where the population values come from organ queries, None where all organs share them.
-            pooling: of every axis or one per axis; 1 for an axis with thick slices.
+            pooling: of every axis or one per axis.
+            smoothing: size of the box in pooled voxels, odd, of every axis or one per axis.
             prior_voxels: pooled voxels that the population values weigh.
         """
         super().__init__()
@@ -113,6 +118,7 @@ class RelativeFeatures(nn.Module):
             raise ZePTError(f"noise must hold one positive number per image channel ({image_channels}), got {noise}")
         self.image_channels, self.num_projected = image_channels, num_projected
         self.pooling = pooling if isinstance(pooling, int) else tuple(pooling)
+        self.smoothing = smoothing
         self.prior_voxels = prior_voxels
         self.num_channels = len(_SMOOTHINGS) * image_channels + num_projected
         self.num_features = -(-(2 * self.num_channels + 1) // 8) * 8
@@ -129,7 +135,7 @@ class RelativeFeatures(nn.Module):
         """Image (B, C, *), finest features (B, C_f, *), support logits (B, Q, *), organ queries (B, Q, D) with
         `query_width` → (B, Q, num_features, /). Nothing flows back through `support`.
         """
-        return self.relate(*self.shared(x, features), support, queries)
+        return self.relate(*self.shared(x, features), self.inside(support), queries)
 
     def shared(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """What all organs have in common: pooled intensities (B, C, /) and projected features (B, P, /), float32."""
@@ -140,13 +146,19 @@ class RelativeFeatures(nn.Module):
             half = features if features.device.type == "cuda" else features.float()  # no float32 copy at full size
             return pooled, self.project(self._pool(half).float().movedim(1, -1)).movedim(-1, 1)
 
-    def relate(self, pooled: Tensor, projected: Tensor, support: Tensor, queries: Tensor | None = None) -> Tensor:
-        """As `forward`, from what `shared` returns; for any subset of the organs."""
+    @torch.no_grad()
+    def inside(self, support: Tensor) -> Tensor:
+        """Share of a pooled voxel that the organ takes up, 0 where it is small: logits (B, Q, *) → (B, Q, /)."""
+        with torch.autocast(support.device.type, enabled=False):
+            share = self._pool(support.float().sigmoid())
+            return share * (share > _INSIDE)
+
+    def relate(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None = None) -> Tensor:
+        """As `forward`, from what `shared` and `inside` return; for any subset of the organs."""
         with torch.autocast(pooled.device.type, enabled=False):
-            batch, organs = support.shape[:2]
+            batch, organs = inside.shape[:2]
             grid = pooled.shape[2:]
             with torch.no_grad():
-                inside = self._pool(support.detach().float().sigmoid())  # (B, Q, /)
                 weights = inside.square()
                 intensities = self._smooth_inside(pooled, weights)  # (B, Q, 3C, /)
             values = torch.cat((intensities, projected[:, None].expand(-1, organs, *projected.shape[1:])), 2)
@@ -188,14 +200,14 @@ class RelativeFeatures(nn.Module):
         scales, sums, passes = [plain], torch.cat((plain * w, w), 1), 0
         for wanted in _SMOOTHINGS[1:]:
             while passes < wanted:
-                sums, passes = self._box(sums), passes + 1
+                sums, passes = self.mean_around(sums), passes + 1
             scales.append(sums[:, :-1] / sums[:, -1:])
         return torch.cat(scales, 1).view(batch, organs, -1, *pooled.shape[2:])
 
-    def _box(self, x: Tensor) -> Tensor:
-        """Mean over 3 voxels along every axis, of those in the patch; not along an axis that alone is not pooled."""
-        steps = [self.pooling] * (x.ndim - 2) if isinstance(self.pooling, int) else self.pooling
-        return mean_of_neighbors(x, [1 if step == 1 < max(steps) else 3 for step in steps])
+    def mean_around(self, x: Tensor) -> Tensor:
+        """Mean over the voxels of a box that are in the patch."""
+        size = self.smoothing
+        return mean_of_neighbors(x, [size] * (x.ndim - 2) if isinstance(size, int) else size)
 
     def _pool(self, x: Tensor) -> Tensor:
         """Average over `pooling`; a part of a window at the far border counts by itself (odd sizes)."""
@@ -204,50 +216,94 @@ class RelativeFeatures(nn.Module):
 
 
 class RelativeHead(nn.Module):
-    """One anomaly logit per organ and voxel, by the same weights for every organ.
+    """One anomaly logit per organ and voxel, by the same weights for every organ; 0 where the organ is not.
 
-    Organs go through in chunks, and with more than one chunk their activations are computed again in the backward pass:
-    memory grows with `organs_per_chunk`, not with Q.
+    On a GPU, and compiled, organs go through in chunks, and with more than one chunk their activations are computed
+    again in the backward pass: memory grows with `organs_per_chunk`, not with Q. On a CPU each organ of each case goes
+    through by itself, cropped to where it is; the logits are the same.
     """
 
-    def __init__(self, features: RelativeFeatures, dimensions: int, width: int = 16, organs_per_chunk: int = 8):
+    def __init__(self, features: RelativeFeatures, width: int = 16, organs_per_chunk: int = 8):
         super().__init__()
         self.features = features
         self.organs_per_chunk = organs_per_chunk
-        conv = nn.Conv3d if dimensions == 3 else nn.Conv2d
-        self.layers = nn.Sequential(
-            conv(
-                features.num_features, width, 3, padding=1
-            ),  # the dearest layer; 1 × 1 × 1 is no better (docs/method.md)
-            nn.LeakyReLU(0.01),
-            conv(width, width, 3, padding=1),
-            nn.LeakyReLU(0.01),
-            conv(width, 1, 1),
-        )  # no norm over the patch: it would make the logit depend on what else the patch shows
+        # No norm over the patch: it would make the logit depend on what else the patch shows. What lies around a voxel
+        # comes from means: 3 × 3 × 3 convolutions on voxels that are not pooled cost more than the rest of the network.
+        self.of_voxel = nn.Sequential(nn.Linear(features.num_features, width), nn.LeakyReLU(0.01))
+        self.layers = nn.Sequential(nn.Linear(2 * width, width), nn.LeakyReLU(0.01), nn.Linear(width, 1))
 
     def forward(self, x: Tensor, features: Tensor, support: Tensor, queries: Tensor | None = None) -> Tensor:
         """As `RelativeFeatures.forward` → anomaly logits (B, Q, *) on the input's grid."""
-        organs = support.shape[1]
-        if organs == 0:
+        if support.shape[1] == 0:
             return support.detach() * 0
         pooled, projected = self.features.shared(x, features)
-        support, size = support.detach(), self.organs_per_chunk
-        logits = []
+        inside = self.features.inside(support.detach())
+        crops = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        logits = (self._cropped if crops else self._chunked)(pooled, projected, inside, queries)
+        logits = logits * (inside > 0)
+        if logits.shape[2:] == support.shape[2:]:
+            return logits
+        return F.interpolate(logits, support.shape[2:], mode="trilinear" if support.ndim == 5 else "bilinear")
+
+    def _chunked(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None) -> Tensor:
+        organs, size, logits = inside.shape[1], self.organs_per_chunk, []
         for start in range(0, organs, size):
             chunk = slice(start, start + size)
             q = None if queries is None else queries[:, chunk]
-            if organs > size and torch.is_grad_enabled():
-                part = checkpoint(self._chunk, pooled, projected, support[:, chunk], q, use_reentrant=False)
-            else:
-                part = self._chunk(pooled, projected, support[:, chunk], q)
-            logits.append(part)
-        return F.interpolate(
-            torch.cat(logits, 1), support.shape[2:], mode="trilinear" if support.ndim == 5 else "bilinear"
-        )
+            logits.append(self._logits(pooled, projected, inside[:, chunk], q, again=organs > size))
+        return torch.cat(logits, 1)
 
-    def _chunk(self, pooled: Tensor, projected: Tensor, support: Tensor, queries: Tensor | None) -> Tensor:
-        r = self.features.relate(pooled, projected, support, queries)
-        return self.layers(r.flatten(0, 1)).view(*r.shape[:2], *r.shape[3:])
+    def _cropped(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None) -> Tensor:
+        batch, organs, *grid = inside.shape
+        boxes = boxes_of(inside.flatten(0, 1) > 0, _REACH)
+        if not any(boxes):
+            boxes[0] = tuple(slice(0, 1) for _ in grid)  # every parameter gets a gradient, if only of zero
+        maps = []
+        for n, box in enumerate(boxes):
+            if not box:
+                maps.append(inside.new_zeros(grid))
+                continue
+            b, q = slice(n // organs, n // organs + 1), slice(n % organs, n % organs + 1)
+            whole, own = (b, slice(None), *box), (b, q, *box)
+            query = None if queries is None else queries[b, q]
+            again = organs > self.organs_per_chunk
+            part = self._logits(pooled[whole], projected[whole], inside[own], query, again)
+            around = [side for s, size in zip(box, grid, strict=True) for side in (size - s.stop, s.start)][::-1]
+            maps.append(F.pad(part[0, 0], around))
+        return torch.stack(maps).view(batch, organs, *grid)
+
+    def _logits(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None, again: bool) -> Tensor:
+        """(B, N, /) for the organs of `inside`; `again`: computed once more in the backward pass."""
+        if again and torch.is_grad_enabled():
+            logits: Tensor = checkpoint(self._chunk, pooled, projected, inside, queries, use_reentrant=False)
+            return logits
+        return self._chunk(pooled, projected, inside, queries)
+
+    def _chunk(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None) -> Tensor:
+        r = self.features.relate(pooled, projected, inside, queries)
+        voxels = self.of_voxel(r.flatten(0, 1).movedim(1, -1)).movedim(-1, 1)
+        around = self.features.mean_around(voxels)
+        logits: Tensor = self.layers(torch.cat((voxels, around), 1).movedim(1, -1))
+        return logits.view(*r.shape[:2], *r.shape[3:])
+
+
+def boxes_of(masks: Tensor, margin: int) -> list[tuple[slice, ...]]:
+    """The smallest box around each mask, and `margin` more on every side within the grid; () for an empty mask.
+
+    masks bool (N, *).
+    """
+    axes = range(1, masks.ndim)
+    shown = [masks.any([a for a in axes if a != axis]).tolist() for axis in axes]  # (N, size of the axis)
+    boxes = []
+    for n in range(len(masks)):
+        box = []
+        for profile in (per_axis[n] for per_axis in shown):
+            if True not in profile:
+                break
+            first, last = profile.index(True), len(profile) - profile[::-1].index(True)
+            box.append(slice(max(0, first - margin), min(len(profile), last + margin)))
+        boxes.append(tuple(box))
+    return boxes
 
 
 def build_relative_head(
@@ -257,14 +313,20 @@ def build_relative_head(
     noise: float | Sequence[float],
     query_width: int | None = None,
 ) -> RelativeHead:
-    """The head as the models have it: voxels pooled by 2, but not along thick slices.
+    """The head as the models have it: voxels pooled by 2, but not along thick slices, and not coarse ones.
 
     Args:
         spacing: of the patch's 2 or 3 axes.
         feature_channels, image_channels, noise, query_width: see `RelativeFeatures`.
     """
-    pooling = tuple(1 if s > _THICK * min(spacing) else 2 for s in spacing)
+    is_thick = [s > _THICK * min(spacing) for s in spacing]
     features = RelativeFeatures(
-        _PROJECTED, feature_channels, image_channels, noise=noise, query_width=query_width, pooling=pooling
+        _PROJECTED,
+        feature_channels,
+        image_channels,
+        noise=noise,
+        query_width=query_width,
+        pooling=tuple(1 if thick or s > _COARSE else 2 for thick, s in zip(is_thick, spacing, strict=True)),
+        smoothing=tuple(1 if thick else 3 for thick in is_thick),
     )
-    return RelativeHead(features, len(spacing))
+    return RelativeHead(features)
