@@ -112,6 +112,8 @@ MUTATIONS = (
              "        blend *= _neighborhood_share(is_organ)\n",
              "        blend *= _neighborhood_share(is_organ)\n        is_anomaly = blend > 0.5\n",
              ("tests/training/test_anomalies.py",)),
+    Mutation("-", "healthy tissue ranks below the air around the patient", f"{NETWORK}/zept.py",
+             "evidence if floor is None else less_certain(evidence, floor)", "evidence", NETWORK_TESTS),
     Mutation("-", "an organ is cropped more tightly than its features reach", f"{NETWORK}/relative.py",
              "_REACH = max(_SMOOTHINGS)", "_REACH = 0", ("tests/network/test_relative.py",)),
     Mutation("-", "coarse voxels are pooled", f"{NETWORK}/relative.py",

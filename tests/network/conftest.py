@@ -22,3 +22,9 @@ def network(dimensions: int) -> torch.nn.Module:
 def image(dimensions: int) -> torch.Tensor:
     torch.manual_seed(0)
     return torch.randn(2, 1, *(16, 24, 16)[:dimensions])
+
+
+@pytest.fixture
+def as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evidence against a tumor counts in full at inference too."""
+    monkeypatch.setattr("zept_nnunet.network.zept._EVIDENCE_FLOOR", 1e4)

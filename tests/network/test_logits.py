@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zept_nnunet.network.logits import conjunction, union
+from zept_nnunet.network.logits import conjunction, less_certain, union
 
 
 def _odds(p: torch.Tensor) -> torch.Tensor:
@@ -22,6 +22,14 @@ def test_conjunction_is_finite_with_finite_gradient_at_extreme_logits() -> None:
     a = torch.tensor([1e4, 1e4, 0.0, -1e4, -1e4], requires_grad=True)
     conjunction(u, a).sum().backward()
     assert torch.isfinite(u.grad).all() and torch.isfinite(a.grad).all()
+
+
+def test_less_certain_keeps_the_order_and_all_above_the_floor() -> None:
+    z = torch.linspace(-1000, 20, 4081)
+    low = less_certain(z, 4.0)
+    assert torch.equal(low[z >= -4], z[z >= -4]) and (low.diff() > 0).all()
+    below = z.double()[z < -4]
+    torch.testing.assert_close(low[z < -4].double(), -4 - (1 + (-4 - below)).log(), atol=1e-5, rtol=1e-5)
 
 
 def test_union_equals_float64_complement_of_product() -> None:

@@ -140,6 +140,7 @@ def test_a_patchwise_score_is_the_same_for_every_tumor(dimensions: int, image: t
     assert equal(a.support[-2:], b.support[-2:])
 
 
+@pytest.mark.usefixtures("as_in_training")
 def test_learned_queries_serve_an_added_tumor_by_those_for_abnormal_tissue(
     dimensions: int, image: torch.Tensor
 ) -> None:

@@ -37,12 +37,37 @@ def test_output_type_follows_deep_supervision_and_not_training(
         assert torch.equal(logits[:, 0], torch.zeros_like(logits[:, 0]))
 
 
+@pytest.mark.usefixtures("as_in_training")
 def test_deep_supervision_outputs_agree_with_the_prediction(network: ZePT, image: torch.Tensor) -> None:
     network.eval()
     output = network(image)
     network.decoder.deep_supervision = False
     want = to_channels(network.taxonomy, output.healthy[0], output.tumor[0])
     assert torch.allclose(network(image), want, atol=1e-5)
+
+
+@torch.no_grad()
+def test_certainty_that_healthy_tissue_is_no_tumor_does_not_rank_it_below_what_is_outside(
+    network: ZePT, image: torch.Tensor
+) -> None:
+    """Of what lies outside the host the deviation says nothing, of healthy tissue inside it very much."""
+    network.eval()
+    trained = network(image)
+    inside = torch.zeros_like(trained.support[0][:1, :1], dtype=torch.bool)
+    inside[..., : image.shape[-1] // 2] = True
+    u = torch.where(inside, 8.0, -9.0).expand(1, network.num_organs, *image.shape[2:])
+    d = torch.where(inside, -12.0, 0.0) - torch.rand(u.shape) * inside
+    features = network.decoder(network.encoder(image[:1]))
+    t = torch.randn(1, network.num_tumors, network.tumor_heads[-1].project.in_features)
+    args = t, network.hosts, features, -1, u, u, d
+    plain, floored = (network._tumor_maps(*args, floor=f)[0] for f in (None, 4.0))
+    inside, beyond = inside[0, 0], ~inside[0, 0]
+    beyond[..., image.shape[-1] // 2] = False  # a neighbor of the host
+    for k, hosts in enumerate(network.hosts):
+        if hosts:
+            assert plain[0, k][inside].max() < plain[0, k][beyond].min()
+            assert floored[0, k][inside].min() > floored[0, k][beyond].max()
+            assert (floored[0, k][inside][plain[0, k][inside].argsort()].diff() > -1e-5).all()  # the same order
 
 
 def test_prompts_of_organs_are_those_of_a_tumor_in_each(network: ZePT, image: torch.Tensor) -> None:
@@ -106,6 +131,7 @@ def test_an_added_tumor_leaves_the_maps_of_the_trained_classes(dimensions: int, 
     assert Taxonomy.from_dict(grown["taxonomy"]).tumors[-1].added
 
 
+@pytest.mark.usefixtures("as_in_training")
 def test_anomalies_have_maps_in_training_and_change_no_other(dimensions: int, image: torch.Tensor) -> None:
     block = build_block(deepcopy(DATASET_JSON))  # liver and spleen have tumors, the pancreas has none
     assert block["anomalies"] == {"abnormal pancreas": "pancreas"}

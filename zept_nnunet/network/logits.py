@@ -17,6 +17,11 @@ def conjunction(u: Tensor, a: Tensor) -> Tensor:
     return u + a - torch.logaddexp(F.softplus(u), a)
 
 
+def less_certain(z: Tensor, floor: float) -> Tensor:
+    """z from −floor up; below it −floor − log(1 + (−floor − z)), which keeps the order. Any shape."""
+    return torch.maximum(z, z.new_tensor(-floor)) - torch.log1p((-floor - z).clamp_min(0))
+
+
 def union(z: Tensor, dim: int = 1) -> Tensor:
     """Log-odds of 1 − ∏(1 − σ(zᵢ)) over `dim`: log(exp(Σ softplus zᵢ) − 1), in float32.
 

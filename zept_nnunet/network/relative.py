@@ -211,6 +211,8 @@ class RelativeFeatures(nn.Module):
 
     def _pool(self, x: Tensor) -> Tensor:
         """Average over `pooling`; a part of a window at the far border counts by itself (odd sizes)."""
+        if self.pooling in (1, (1,) * (x.ndim - 2)):
+            return x
         pool = F.avg_pool3d if x.ndim == 5 else F.avg_pool2d
         return pool(x, self.pooling, ceil_mode=True, count_include_pad=False)
 

@@ -18,7 +18,7 @@ from zept_nnunet.knowledge import KnowledgeBank
 from zept_nnunet.network.backbone import build_backbone
 from zept_nnunet.network.grouping import GroupingBlock
 from zept_nnunet.network.heads import at_thresholds, keep_to_annotated, to_channels
-from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction
+from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction, less_certain
 from zept_nnunet.network.pooling import highest_nearby
 from zept_nnunet.network.query_decoder import AdvancedLayer, JointAttention, MaskHead, QueryGenerator, query_visibility
 from zept_nnunet.network.relative import RelativeHead, build_relative_head
@@ -33,6 +33,7 @@ from zept_nnunet.network.self_prompting import (
 from zept_nnunet.plans_block import fingerprint, thresholds_of
 from zept_nnunet.taxonomy import Taxonomy
 
+_EVIDENCE_FLOOR = 4.0  # log-odds; at inference, evidence further against a tumor counts by its logarithm
 _SCORE_LIMIT = 8.0  # of the score of the organs' maps; that of the relative head ranks healthy tissue far below it
 
 
@@ -238,7 +239,8 @@ class ZePT(nn.Module):
         if queries.tumors is None:
             tumor = support.new_full((support.shape[0], self.num_tumors, *support.shape[2:]), -LOGIT_LIMIT)
         else:
-            tumor, healthy = self._tumor_maps(queries.tumors, self.hosts, features, -1, support, healthy, unlike)
+            args = queries.tumors, self.hosts, features, -1, support, healthy, unlike
+            tumor, healthy = self._tumor_maps(*args, floor=_EVIDENCE_FLOOR)
         return healthy, tumor, support, anomaly.expand_as(support), queries
 
     def _training_output(self, x: Tensor, features: list[Tensor]) -> ZePTOutput:
@@ -389,8 +391,14 @@ class ZePT(nn.Module):
         support: Tensor,
         healthy: Tensor,
         unlike: Tensor | None = None,
+        floor: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Tumor maps, one for each of `hosts`, and the healthy maps that go with them (the authors edit these)."""
+        """Tumor maps, one for each of `hosts`, and the healthy maps that go with them (the authors edit these).
+
+        floor: log-odds below zero from which evidence against a tumor counts by its logarithm, in its hosts. They say
+            with certainty that healthy tissue is none, and of what lies outside nothing: without a floor, the lesions
+            that they miss would rank below the air around the patient. In training the certainty is wanted.
+        """
         a = self.tumor_heads[scale](tumors, features[scale])
         if not self.is_calibrated and not self.score_in_maps:
             return a, healthy
@@ -422,6 +430,7 @@ class ZePT(nn.Module):
                 hint = of_hosts[k]
                 assert hint is not None  # as in_host is not
                 evidence = evidence + weight * hint
+            evidence = evidence if floor is None else less_certain(evidence, floor)
             maps.append(conjunction(in_host.to(evidence.dtype), evidence))
         return torch.stack(maps, 1), healthy
 
