@@ -161,6 +161,22 @@ def test_the_learning_rate_warms_up_over_iterations_and_follows_the_schedule_aft
     assert frozen == pytest.approx([0.0] * 4 + rates[4:])
 
 
+@pytest.mark.parametrize("trainer", [ZePTTrainer, ZePTTrainerPaper])
+def test_no_weight_decay_on_norms_biases_and_tokens(results: Path, trainer: type[ZePTTrainer]) -> None:
+    built = make_trainer(trainer)
+    build(built)
+    built.optimizer, _ = built.configure_optimizers()
+    names = {id(p): n for n, p in built.network.named_parameters()}
+    groups = built.optimizer.param_groups
+    assert sorted(n for g in groups for n in (names[id(p)] for p in g["params"])) == sorted(names.values())
+    layers = (torch.nn.Linear, torch.nn.Conv3d, torch.nn.ConvTranspose3d)
+    weights = {id(m.weight) for m in built.network.modules() if isinstance(m, layers)}
+    assert any(names[w].startswith("encoder.") for w in weights)
+    for group in groups:
+        for p in group["params"]:
+            assert group["trained_decay"] == (built.settings["weight_decay"] if id(p) in weights else 0), names[id(p)]
+
+
 def test_paper_trainer_gets_the_papers_decoder(results: Path) -> None:
     decoder = make_trainer(ZePTTrainerPaper).plans_manager.plans["zept"]["decoder"]
     assert (decoder["queries"], decoder["score"]) == ("learned", "minmax")

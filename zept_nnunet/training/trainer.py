@@ -173,8 +173,7 @@ class ZePTTrainer(KeepsSides):
         advanced = {id(p) for p in network.stage_two_parameters()}
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, p in network.named_parameters():
-            in_backbone = name.startswith(("encoder.", "decoder.stages", "decoder.transpconvs"))
-            decays = in_backbone or (p.ndim > 1 and not name.endswith(("queries", "token")))
+            decays = p.ndim > 1 and not name.endswith(("queries", "token"))
             groups.setdefault((id(p) in advanced, decays), []).append(p)
         optimizer = torch.optim.AdamW(
             [
