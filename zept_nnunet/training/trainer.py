@@ -39,6 +39,7 @@ from zept_nnunet.taxonomy import Taxonomy, annotated_patterns
 from zept_nnunet.training.anomalies import InsertAnomalies, with_anomalies
 from zept_nnunet.training.intensity import intensity_scales, noise_floors
 from zept_nnunet.training.orientation import KeepsSides
+from zept_nnunet.training.progress import StagesLogger
 from zept_nnunet.training.sampling import TumorFavoringDataset
 from zept_nnunet.training.targets import Annotations, Targets, anomaly_labels, make_targets
 
@@ -75,6 +76,7 @@ class ZePTTrainer(KeepsSides):
         self.initial_lr, self.weight_decay = self.settings["learning_rate"], self.settings["weight_decay"]
         self._iteration = 0  # within the epoch
         self._epoch_rate: float | None = None
+        self.logger.local_logger = StagesLogger(self.logger.local_logger.verbose)
         self._register_loss_terms()
 
     @classmethod
