@@ -1,6 +1,6 @@
 """What each part of ZePT is worth: the model without it, on the phantom, at one budget; one table over seeds.
 
-    python benchmarks/ablation.py --size small --seeds 3 --epochs 4 --iterations 250 --test-cases 64
+    python benchmarks/ablation.py --size small --seeds 3 --epochs 4 --iterations 250 --test-cases 48
 
 Variants differ by settings of the plans' `zept` block alone (docs/method.md); data, split, seeds and evaluation are
 those of zero_shot.py, and so is the workspace, whose phantom and preprocessed data serve both. A run appends its
@@ -39,9 +39,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half_the_rate": {"learning_rate": 2e-3},
     "twice_the_rate": {"learning_rate": 8e-3},
     "warmup": {"warmup_iterations": 250},
+    "no_decay": {"weight_decay": 0.0},
     "more_decay": {"weight_decay": 0.05},
     "tighter_clipping": {"gradient_norm": 1.0},
     "unlabeled_hosts_left_out": {"unlabeled_host_weight": 0.0},
+    "no_background_queries": {"background_queries": 0},
 }
 
 

@@ -46,6 +46,7 @@ KEY = ["phantom", "size", "configuration", "epochs", "iterations", "minutes", "t
 # case, scope, metric → column of the printed table; pooled: over the voxels of all test cases together
 SHOWN = {
     ("pooled", "host", "auroc"): "AUROC in host",
+    ("pooled", "host", "fpr95"): "FPR95 in host",
     ("pooled", "volume", "auroc"): "AUROC",
     ("pooled", "volume", "fpr95"): "FPR95",
     ("mean", "volume", "dsc"): "DSC",

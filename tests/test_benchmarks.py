@@ -22,7 +22,7 @@ from tests.small_plans import DATASET_JSON
 from zept_nnunet.plans_block import DECODER_SETTINGS, TRAINING_SETTINGS, build_block
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SIZES = {"width", "heads", "grouping_scales", "advanced_layers", "background_queries", "prompt_probability"}
+SIZES = {"width", "heads", "grouping_scales", "advanced_layers", "prompt_probability"}
 
 
 @pytest.fixture

@@ -177,6 +177,17 @@ def test_no_weight_decay_on_norms_biases_and_tokens(results: Path, trainer: type
             assert group["trained_decay"] == (built.settings["weight_decay"] if id(p) in weights else 0), names[id(p)]
 
 
+def test_gradients_are_clipped_to_the_norm_of_the_settings(results: Path) -> None:
+    trainer = with_settings(gradient_norm=1e-3)
+    build(trainer)
+    trainer._zept().stage = 2
+    for p in trainer.network.parameters():
+        p.grad = torch.ones_like(p)
+    trainer._clip_and_freeze()
+    norms = [p.grad.norm() for p in trainer.network.parameters() if p.grad is not None]
+    assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_paper_trainer_gets_the_papers_decoder(results: Path) -> None:
     decoder = make_trainer(ZePTTrainerPaper).plans_manager.plans["zept"]["decoder"]
     assert (decoder["queries"], decoder["score"]) == ("learned", "minmax")
