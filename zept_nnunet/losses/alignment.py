@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TEMPERATURE_BOUNDS = (0.01, 1.0)
+_NEVER = -1e4  # a logit; not −inf, which makes a row without any other query NaN
 HOST_WEIGHT = 0.5
 """Weight of "an organ and its tumor" as positives, beside 1 for "tumor and tumor"."""
 
@@ -22,32 +23,36 @@ def query_positives(hosts: tuple[tuple[int, ...], ...], num_organs: int) -> Tens
     return positives.fill_diagonal_(0)
 
 
-def query_to_knowledge(embedding: Tensor, knowledge: Tensor, temperature: Tensor) -> Tensor:
-    """Each query names its own class among all descriptions, by cosine similarity.
+def query_to_knowledge(embedding: Tensor, knowledge: Tensor, temperature: Tensor, is_shown: Tensor) -> Tensor:
+    """Each query whose class the image shows names it among all descriptions, by cosine similarity.
 
-    embedding (B, N, E) of the first N classes, knowledge (M, E), M ≥ N → scalar.
+    embedding (B, N, E) of the first N classes, knowledge (M, E), M ≥ N, is_shown bool (B, N) → scalar; 0 where nothing
+    is shown.
     """
-    if embedding.shape[1] == 0:
+    if not bool(is_shown.any()):
         return embedding.sum() * 0
     logits = _cosine(embedding, knowledge.expand(embedding.shape[0], -1, -1)) / _bounded(temperature)
     own = torch.arange(embedding.shape[1], device=embedding.device).expand(embedding.shape[0], -1)
-    return F.cross_entropy(logits.flatten(0, 1), own.flatten())
+    return F.cross_entropy(logits[is_shown], own[is_shown])
 
 
-def query_to_query(embedding: Tensor, positives: Tensor, temperature: Tensor) -> Tensor:
-    """Related queries are close. embedding (B, N, E), positives (N, N) with a zero diagonal → scalar.
+def query_to_query(embedding: Tensor, positives: Tensor, temperature: Tensor, is_shown: Tensor) -> Tensor:
+    """Related queries are close. embedding (B, N, E), positives (N, N) with a zero diagonal, is_shown bool (B, N) →
+    scalar.
 
-    Each row is divided by its positives; the pair of a query with itself and rows without positives are left out.
+    Each row is divided by its positives. The pair of a query with itself, queries whose class the image does not show,
+    and rows without positives are left out; 0 where no row is left.
     """
-    positives = positives.to(embedding.device)
-    has_positives = positives.sum(1) > 0
-    if embedding.shape[1] < 2 or not bool(has_positives.any()):
+    itself = torch.eye(embedding.shape[1], dtype=torch.bool, device=embedding.device)
+    is_out = itself | ~(is_shown[:, :, None] & is_shown[:, None])  # (B, N, N)
+    target = positives.to(embedding.device).masked_fill(is_out, 0.0)
+    total = target.sum(-1, keepdim=True)  # (B, N, 1)
+    counts = total[..., 0] > 0
+    if not bool(counts.any()):
         return embedding.sum() * 0
     logits = _cosine(embedding, embedding) / _bounded(temperature)
-    itself = torch.eye(len(positives), dtype=torch.bool, device=embedding.device)
-    log_p = torch.log_softmax(logits.masked_fill(itself, float("-inf")), -1).masked_fill(itself, 0.0)
-    target = positives / positives.sum(1, keepdim=True).clamp_min(1e-8)
-    return -(target * log_p).sum(-1)[:, has_positives].mean()
+    log_p = torch.log_softmax(logits.masked_fill(is_out, _NEVER), -1).masked_fill(is_out, 0.0)
+    return -(target / total.clamp_min(1e-8) * log_p).sum(-1)[counts].mean()
 
 
 def published_alignment(embedding: Tensor, knowledge: Tensor, positives: Tensor, temperature: Tensor) -> Tensor:

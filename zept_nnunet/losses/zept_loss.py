@@ -85,7 +85,9 @@ class ZePTLoss(nn.Module):
         if output.deviation is not None:
             which = list(range(self.num_organs))
             terms["deviation"] = self._abnormal(output.deviation, targets[0], labeled, which)
-        terms["query_to_knowledge"], terms["query_to_query"] = self._alignment(output)
+        terms["query_to_knowledge"], terms["query_to_query"] = self._alignment(
+            output, targets[0], torch.cat((organs, tumors), 1)
+        )
         total = output.anchor
         for term, value in terms.items():
             total = total + self.weights[term] * value
@@ -123,15 +125,20 @@ class ZePTLoss(nn.Module):
             labels[:, organ] = tumors[:, its].all(1)
         return labels
 
-    def _alignment(self, output: ZePTOutput) -> tuple[Tensor, Tensor]:
+    def _alignment(self, output: ZePTOutput, target: Targets, is_annotated: Tensor) -> tuple[Tensor, Tensor]:
+        """Both terms. Ours are of the classes that a patch shows and its case labels; the published one is of all."""
         embedding, knowledge = output.organ_embedding, self.knowledge
         if output.tumor_embedding.shape[1]:
             embedding = torch.cat((embedding, output.tumor_embedding), 1)
         n = embedding.shape[1]
         positives = self.positives[:n, :n]
+        holds = torch.cat((target.support, target.tumor), 1)[:, :n]
+        if target.is_valid is not None:
+            holds = holds & target.is_valid
+        is_shown = holds.flatten(2).any(2) & is_annotated[:, :n].to(holds.device)
         if not self.is_calibrated:
             return published_alignment(embedding, knowledge, positives, output.temperature), embedding.sum() * 0
         return (
-            query_to_knowledge(embedding, knowledge, output.temperature),
-            query_to_query(embedding, positives, output.temperature),
+            query_to_knowledge(embedding, knowledge, output.temperature, is_shown),
+            query_to_query(embedding, positives, output.temperature, is_shown),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,17 +17,38 @@ def mean_of_neighbors(x: Tensor, kernel: Sequence[int]) -> Tensor:
     Args:
         kernel: odd, of each of the 2 or 3 axes.
     """
+    mean: Tensor = _Mean.apply(x, tuple(kernel))
+    return mean
+
+
+class _Mean(torch.autograd.Function):
+    """By hand, since autograd would make a full map for every slice that is added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+        ctx.kernel = kernel
+        return _box(x, kernel, is_adjoint=False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _box(gradient, ctx.kernel, is_adjoint=True), None
+
+
+def _box(x: Tensor, kernel: tuple[int, ...], is_adjoint: bool) -> Tensor:
+    """Sums over boxes, divided by the voxels summed; the adjoint divides first."""
     for axis, size in enumerate(kernel, start=2):
         length, half = x.shape[axis], size // 2
         if half == 0:
             continue
+        place = torch.arange(length, device=x.device)
+        count = place.clamp(max=half) + (length - 1 - place).clamp(max=half) + 1
+        count = count.to(x.dtype).view(length, *[1] * (x.ndim - axis - 1))
+        x = x / count if is_adjoint else x
         total = x.clone()
         for step in range(1, min(half, length - 1) + 1):
             total.narrow(axis, step, length - step).add_(x.narrow(axis, 0, length - step))
             total.narrow(axis, 0, length - step).add_(x.narrow(axis, step, length - step))
-        place = torch.arange(length, device=x.device)
-        count = place.clamp(max=half) + (length - 1 - place).clamp(max=half) + 1
-        x = total / count.to(x.dtype).view(length, *[1] * (x.ndim - axis - 1))
+        x = total if is_adjoint else total.div_(count)
     return x
 
 

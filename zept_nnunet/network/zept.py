@@ -18,7 +18,7 @@ from zept_nnunet.knowledge import KnowledgeBank
 from zept_nnunet.network.backbone import build_backbone
 from zept_nnunet.network.grouping import GroupingBlock
 from zept_nnunet.network.heads import at_thresholds, keep_to_annotated, to_channels
-from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction, less_certain
+from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction, less_certain, union
 from zept_nnunet.network.pooling import highest_nearby
 from zept_nnunet.network.query_decoder import AdvancedLayer, JointAttention, MaskHead, QueryGenerator, query_visibility
 from zept_nnunet.network.relative import RelativeHead, build_relative_head
@@ -34,6 +34,7 @@ from zept_nnunet.plans_block import fingerprint, thresholds_of
 from zept_nnunet.taxonomy import Taxonomy
 
 _EVIDENCE_FLOOR = 4.0  # log-odds; at inference, evidence further against a tumor counts by its logarithm
+_PRIOR_VOXELS = 64.0  # that the mean of an added query's evidence over its hosts takes to be 0
 _SCORE_LIMIT = 8.0  # of the score of the organs' maps; that of the relative head ranks healthy tissue far below it
 
 
@@ -50,6 +51,13 @@ def inside_hosts(support: Tensor, unlike: Tensor, hosts: Sequence[Sequence[int]]
     """
     inside = support.detach().sigmoid().to(unlike.dtype)
     return [(inside[:, list(h)] * unlike[:, list(h)]).sum(1) if h else None for h in hosts]
+
+
+def centered_on(evidence: Tensor, support: Tensor) -> Tensor:
+    """Evidence less its mean over an organ, (B, *) both; where little of the organ is in the patch, less of it."""
+    weight = support.detach().float().sigmoid().square().flatten(1)
+    mean = (weight * evidence.float().flatten(1)).sum(1) / (weight.sum(1) + _PRIOR_VOXELS)
+    return evidence - mean.to(evidence.dtype).view(-1, *[1] * (evidence.ndim - 1))
 
 
 class ZePTOutput(NamedTuple):
@@ -135,6 +143,7 @@ class ZePT(nn.Module):
         self.anomaly_hosts = tuple((organ_index[host],) for host in block["anomalies"].values())
         vectors = torch.from_numpy(bank.matrix(block["anomalies"]))
         self.register_buffer("knowledge_anomalies", vectors, persistent=False)
+        self.added = {k for k, tumor in enumerate(taxonomy.tumors) if tumor.added and self.hosts[k]}
         added = [False] * self.num_organs + [t.added for t in taxonomy.tumors]
         self._is_added = added + [True] * len(self.anomaly_hosts)
         for name, flags in (("", added), ("_training", self._is_added)):
@@ -213,22 +222,27 @@ class ZePT(nn.Module):
         return to_channels(self.taxonomy, *at_thresholds(healthy, tumor, self.hosts, self.thresholds))
 
     def forward_embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the alignment compares with descriptions: the image's part of each query, in knowledge space.
+        """What the alignment compares with descriptions: the features where each class is, in knowledge space.
 
-        (B, C, *) → embeddings (B, Q + U, E), and (B, Q + U) how many voxels of the input the organ, or the tumor's
-        hosts, take up: a query says nothing of an organ that is not there. U counts trained and added tumors.
+        (B, C, *) → embeddings (B, Q + U, E), and (B, Q + U) how many voxels of the input each class takes up in its
+        map: the embedding of one that is not there says nothing. U counts trained and added tumors.
         """
         features = self.decoder(self.encoder(x))
         queries = self._refine(x, features, self.hosts if self.predict_tumors else ())
-        support, _ = self._organ_maps(queries.organs, features, -1)
-        organs = self._embed(queries.organs, queries.organs_given)
-        voxels = support.float().sigmoid().flatten(2).sum(2)
-        if queries.tumors is None:
-            return organs, voxels
-        everywhere = voxels.new_full((len(voxels),), float(x[0, 0].numel()))
-        of_hosts = [voxels[:, list(h)].sum(1) if h else everywhere for h in self.hosts]
-        tumors = self._embed(queries.tumors, queries.tumors_given)
-        return torch.cat((organs, tumors), 1), torch.cat((voxels, *(v[:, None] for v in of_hosts)), 1)
+        coarse, finest = [], []
+        for scale, found in ((self.num_grouping - 1, coarse), (-1, finest)):
+            is_finest = scale == -1
+            support, healthy = self._organ_maps(queries.organs, features, -1) if is_finest else queries.coarse[scale]
+            found.append(support)
+            if queries.tumors is not None:
+                unlike = queries.unlike if is_finest else None
+                args = queries.tumors, self.hosts, features, scale, support, healthy, unlike
+                found.append(self._tumor_maps(*args)[0])
+        voxels = torch.cat(finest, 1).float().sigmoid().flatten(2).sum(2)
+        if self.is_calibrated:
+            return self._embed_regions(queries.tokens, torch.cat(coarse, 1)), voxels
+        refined = [q for q in (queries.organs, queries.tumors) if q is not None]
+        return self._embed_queries(torch.cat(refined, 1)), voxels
 
     def _finest_maps(self, x: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, _Queries]:
         """healthy, tumor, support, anomaly at the finest scale, and the queries that they were made from."""
@@ -247,7 +261,7 @@ class ZePT(nn.Module):
         hosts = self.hosts + self.anomaly_hosts if self.stage == 2 else ()
         queries = self._refine(x, features, hosts)
         support, healthy, tumor, anomaly = [], [], [], []
-        deviates = None
+        deviates, regions = None, [queries.coarse[-1][0]]
         for scale in reversed(range(len(features))):  # fine to coarse
             if not self.is_calibrated and scale != len(features) - 1:
                 break  # the authors supervise the finest maps alone
@@ -260,24 +274,25 @@ class ZePT(nn.Module):
                 deviates = deviates if unlike is None else deviation(u, unlike)
                 z, h = self._tumor_maps(queries.tumors, hosts, features, scale, u, h, unlike)
                 tumor.append(z[:, : self.num_tumors])
+                if scale == self.num_grouping - 1:
+                    regions.append(tumor[-1])
                 if self.anomaly_hosts:
                     anomaly.append(z[:, self.num_tumors :])
             support.append(u)
             healthy.append(h)
-        batch = features[-1].shape[0]
-        tumor_embedding = (
-            support[0].new_zeros(batch, 0, self.to_knowledge.out_features)
-            if queries.tumors is None or queries.tumors_given is None
-            else self._embed(queries.tumors[:, : self.num_tumors], queries.tumors_given[:, : self.num_tumors])
-        )
+        if self.is_calibrated:
+            embedding = self._embed_regions(queries.tokens, torch.cat(regions, 1))
+        else:
+            refined = [q for q in (queries.organs, queries.tumors) if q is not None]
+            embedding = self._embed_queries(torch.cat(refined, 1))
         return ZePTOutput(
             support,
             healthy,
             tumor,
             anomaly,
             deviates,
-            self._embed(queries.organs, queries.organs_given),
-            tumor_embedding,
+            embedding[:, : self.num_organs],
+            embedding[:, self.num_organs : self.num_organs + self.num_tumors],
             self.log_temperature.exp(),
             self._anchor(),
         )
@@ -287,9 +302,8 @@ class ZePT(nn.Module):
         """Grouping, relative head, prompts, advanced layers, joint attention; `hosts` of each advanced query, or ()."""
         batch = features[0].shape[0]
         organs_given, tumors_given = self._given_queries(hosts)
-        organs_given = organs_given.expand(batch, -1, -1)
         background = self.background_queries.expand(batch, -1, -1)
-        q = torch.cat((organs_given, background), 1)
+        q = torch.cat((organs_given.expand(batch, -1, -1), background), 1)
         tokens, coarse = [], []
         for scale in range(self.num_grouping):
             tokens.append(self.token_norms[scale](self.to_tokens[scale](features[scale].flatten(2).transpose(1, 2))))
@@ -297,10 +311,9 @@ class ZePT(nn.Module):
             coarse.append(self._organ_maps(q[:, : self.num_organs], features, scale))
         organs = q[:, : self.num_organs]
         if not hosts:
-            return _Queries(organs, organs_given, None, None, coarse, None, None)
+            return _Queries(organs, None, tokens[-1], coarse, None, None)
 
-        tumors_given = tumors_given.expand(batch, -1, -1)
-        t = tumors_given
+        t = tumors_given.expand(batch, -1, -1)
         is_training_set = len(hosts) > self.num_tumors
         tumors_see = self.tumors_see_training if is_training_set else self.tumors_see
         unlike, deviates = self._unlike(x, features, organs)
@@ -310,7 +323,7 @@ class ZePT(nn.Module):
             t = layer(t, tokens[scale], prompts[scale], tumors_see)
         joint = self.joint(torch.cat((organs, t), 1), self.sees_training if is_training_set else self.sees)
         organs, t = joint.split((self.num_organs, len(hosts)), 1)
-        return _Queries(organs, organs_given, t, tumors_given, coarse, unlike, deviates)
+        return _Queries(organs, t, tokens[-1], coarse, unlike, deviates)
 
     def _given_queries(self, hosts: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
         """Queries before they have seen the image: (Q, D), and one (D) for each of `hosts`: (len(hosts), D)."""
@@ -395,6 +408,10 @@ class ZePT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Tumor maps, one for each of `hosts`, and the healthy maps that go with them (the authors edit these).
 
+        Of an added tumor the query's own term says where in its host, the deviation whether at all: training never
+        showed what level that term has for it, and where it finds something it lowers all the rest of the host. So it
+        is centered there, and the deviation counts to the edge of its host.
+
         floor: log-odds below zero from which evidence against a tumor counts by its logarithm, in its hosts. They say
             with certainty that healthy tissue is none, and of what lies outside nothing: without a floor, the lesions
             that they miss would rank below the air around the patient. In training the certainty is wanted.
@@ -417,7 +434,9 @@ class ZePT(nn.Module):
             per_tumor = [None if s is None else s.clamp(-limit, limit) for s in per_tumor]
             hints.append((nn.functional.softplus(self.score_weight), per_tumor))
         if unlike is not None:
-            hints.append((nn.functional.softplus(self.deviation_weight), inside_hosts(support, unlike, hosts)))
+            within = inside_hosts(support, unlike, hosts)
+            within = [unlike[:, list(hosts[k])].sum(1) if k in self.added else w for k, w in enumerate(within)]
+            hints.append((nn.functional.softplus(self.deviation_weight), within))
         maps = []
         support = support.detach()
         gates = over_hosts(highest_nearby(support) if self.gate_reaches_out else support, hosts)
@@ -426,6 +445,8 @@ class ZePT(nn.Module):
             if in_host is None:  # the whole body is the host
                 maps.append(evidence)
                 continue
+            if unlike is not None and k in self.added:
+                evidence = centered_on(evidence, union(support[:, list(hosts[k])]))
             for weight, of_hosts in hints:
                 hint = of_hosts[k]
                 assert hint is not None  # as in_host is not
@@ -434,10 +455,24 @@ class ZePT(nn.Module):
             maps.append(conjunction(in_host.to(evidence.dtype), evidence))
         return torch.stack(maps, 1), healthy
 
-    def _embed(self, final: Tensor, given: Tensor | None) -> Tensor:
-        """(B, N, D) → (B, N, E). Ours reads what the image added: the generated part would be a copy of the target."""
-        visual = final - given if self.is_calibrated and given is not None else final
-        return self.knowledge_norm(self.to_knowledge(visual))
+    def _embed_queries(self, queries: Tensor) -> Tensor:
+        """The authors': (B, N, D) → (B, N, E). A query comes from its description, so it may just repeat it."""
+        embedding: Tensor = self.knowledge_norm(self.to_knowledge(queries))
+        return embedding
+
+    def _embed_regions(self, tokens: Tensor, maps: Tensor) -> Tensor:
+        """Ours: the mean token where a class is, by its map at the finest grouped scale, in knowledge space.
+
+        Nothing of a query but where it points enters, and there the gradient stops: a query is computed from its
+        description in every part, residuals and feed-forward layers too, and attention that is free to look anywhere
+        can spell a class by where it looks. Either would name the class whatever the image shows.
+
+        tokens (B, V, D), maps (B, N, *) logits on the tokens' grid → (B, N, E).
+        """
+        weight = maps.detach().float().sigmoid().flatten(2)  # (B, N, V)
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
+        embedding: Tensor = self.knowledge_norm(self.to_knowledge(weight.to(tokens.dtype) @ tokens))
+        return embedding
 
     def _anchor(self) -> Tensor:
         backbone = ("encoder.", "decoder.stages", "decoder.transpconvs")
@@ -488,9 +523,8 @@ class ZePT(nn.Module):
 
 class _Queries(NamedTuple):
     organs: Tensor
-    organs_given: Tensor
     tumors: Tensor | None  # (B, U, D), or (B, U + A, D) in training
-    tumors_given: Tensor | None
+    tokens: Tensor  # (B, V, D) of the finest grouped scale
     coarse: list[tuple[Tensor, Tensor]]  # support and healthy maps of the grouping scales, coarse to fine
     unlike: Tensor | None  # (B, Q, *): the relative head's logits
     deviates: Tensor | None  # (B, Q, *): in the organ that grouping found and unlike the rest of it, without gradient
