@@ -30,7 +30,7 @@ class _Mean(torch.autograd.Function):
         return _box(x, kernel, is_adjoint=False)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _box(gradient, ctx.kernel, is_adjoint=True), None
 
 

@@ -229,18 +229,11 @@ class ZePT(nn.Module):
         """
         features = self.decoder(self.encoder(x))
         queries = self._refine(x, features, self.hosts if self.predict_tumors else ())
-        coarse, finest = [], []
-        for scale, found in ((self.num_grouping - 1, coarse), (-1, finest)):
-            is_finest = scale == -1
-            support, healthy = self._organ_maps(queries.organs, features, -1) if is_finest else queries.coarse[scale]
-            found.append(support)
-            if queries.tumors is not None:
-                unlike = queries.unlike if is_finest else None
-                args = queries.tumors, self.hosts, features, scale, support, healthy, unlike
-                found.append(self._tumor_maps(*args)[0])
-        voxels = torch.cat(finest, 1).float().sigmoid().flatten(2).sum(2)
+        voxels = self._class_maps(queries, features, len(features) - 1).float().sigmoid().flatten(2).sum(2)
         if self.is_calibrated:
-            return self._embed_regions(queries.tokens, torch.cat(coarse, 1)), voxels
+            return self._embed_regions(
+                queries.tokens, self._class_maps(queries, features, self.num_grouping - 1)
+            ), voxels
         refined = [q for q in (queries.organs, queries.tumors) if q is not None]
         return self._embed_queries(torch.cat(refined, 1)), voxels
 
@@ -454,6 +447,16 @@ class ZePT(nn.Module):
             evidence = evidence if floor is None else less_certain(evidence, floor)
             maps.append(conjunction(in_host.to(evidence.dtype), evidence))
         return torch.stack(maps, 1), healthy
+
+    def _class_maps(self, queries: _Queries, features: list[Tensor], scale: int) -> Tensor:
+        """Support of each organ and the map of each tumor at a scale of training: (B, Q + U, *), U 0 in stage I."""
+        is_grouped, is_finest = scale < self.num_grouping, scale == len(features) - 1
+        support, healthy = queries.coarse[scale] if is_grouped else self._organ_maps(queries.organs, features, scale)
+        if queries.tumors is None:
+            return support
+        unlike = queries.unlike if is_finest else None
+        tumor, _ = self._tumor_maps(queries.tumors, self.hosts, features, scale, support, healthy, unlike)
+        return torch.cat((support, tumor), 1)
 
     def _embed_queries(self, queries: Tensor) -> Tensor:
         """The authors': (B, N, D) → (B, N, E). A query comes from its description, so it may just repeat it."""
