@@ -2,6 +2,7 @@
 
     python benchmarks/mutations.py             # all
     python benchmarks/mutations.py --only 3 7  # rows of the table
+    python benchmarks/mutations.py --only hosts "stage I"  # words of what they do
 
 Rows 1 to 10 are the places where the authors' published code works against the idea of the paper (docs/method.md); the
 others are slips that a falling loss would not show. A mutation is a piece of text in a file and what replaces it,
@@ -24,6 +25,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, NETWORK = "zept_nnunet", "zept_nnunet/network"
 NETWORK_TESTS = ("tests/network/test_reference.py", "tests/network/test_properties.py", "tests/network/test_zept.py")
+EFFECTS = ("tests/inference/test_added_tumor_effects.py",)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,66 @@ MUTATIONS = (
              "tumors[:, hidden] = False", "pass", ("tests/losses/test_zept_loss.py",)),
     Mutation("-", "stage I trains what belongs to stage II", f"{PACKAGE}/training/trainer.py",
              "parameter.grad = None", "pass", ("tests/network/test_properties.py", "tests/training/test_trainer.py")),
+    Mutation("-", "an organ's norm is its mean and standard deviation", f"{NETWORK}/relative.py",
+             "median = samples.median(-1, keepdim=True).values\n"
+             "        spread = _MAD_TO_SD * (samples - median).abs().median(-1, keepdim=True).values",
+             "median = samples.mean(-1, keepdim=True)\n        spread = samples.std(-1, keepdim=True)",
+             ("tests/network/test_relative.py",)),
+    Mutation("-", "the temperature has no bounds", f"{PACKAGE}/losses/alignment.py",
+             "return temperature.clamp(*TEMPERATURE_BOUNDS)", "return temperature",
+             ("tests/losses/test_alignment.py",)),
+    Mutation("-", "voxels are assigned with noise at inference too", f"{NETWORK}/grouping.py",
+             "noisy=self.training)", "noisy=True)", ("tests/network/test_grouping.py",)),
+    Mutation("-", "voxels that nobody labeled count in full, whatever the setting", f"{PACKAGE}/losses/zept_loss.py",
+             "weight = 1 - (1 - self.unlabeled_host_weight) * is_open.float()", "weight = None",
+             ("tests/losses/test_zept_loss.py",)),
+    Mutation("-", "the weight of such voxels stays in the plans", f"{PACKAGE}/training/trainer.py",
+             "float(self.settings[\"unlabeled_host_weight\"])", "1.0", ("tests/training/test_trainer.py",)),
+    Mutation("-", "a tumor's query does not know its hosts", f"{NETWORK}/zept.py",
+             "return organs, self.tumor_queries(knowledge) + self.host_to_tumor(torch.stack(means))",
+             "return organs, self.tumor_queries(knowledge) + 0 * self.host_to_tumor(torch.stack(means))",
+             NETWORK_TESTS),
+    Mutation("-", "an added tumor lowers its host's map by the authors' score", f"{NETWORK}/zept.py",
+             "zip(self.hosts, taxonomy.tumors, strict=True) if not t.added]",
+             "zip(self.hosts, taxonomy.tumors, strict=True)]", EFFECTS),
+    Mutation("-", "two added tumors share a learned query", f"{PACKAGE}/plans_block.py",
+             "\"learned\" and twin is not None:", "\"learned\" and False:", EFFECTS),
+    Mutation("-", "a calibrated tumor does not win against its host", f"{NETWORK}/heads.py",
+             "logit = torch.minimum(logit, -margin[:, k])", "pass", ("tests/network/test_heads.py",)),
+    Mutation("-", "a region holds an added tumor of its organ", f"{PACKAGE}/taxonomy.py",
+             "channels=(*self.channels, (name,)),",
+             "channels=(*((*c, name) if {*hosts} & {*c} else c for c in self.channels), (name,)),", EFFECTS),
+    Mutation("-", "without alignment its terms count all the same", f"{PACKAGE}/training/trainer.py",
+             "weights = {} if self.settings[\"alignment\"] else", "weights = {} if True else",
+             ("tests/training/test_trainer.py",)),
+    Mutation("-", "organs that include tumors are not asked for", f"{PACKAGE}/training/trainer.py",
+             "include = self.settings[\"organs_include_tumors\"]", "include = False",
+             ("tests/training/test_trainer.py",)),
+    Mutation("-", "synthetic anomalies are inserted without being asked for", f"{PACKAGE}/training/trainer.py",
+             "organs = unlabeled_organs(self.taxonomy) if self.settings[\"synthetic_anomalies\"] else ()",
+             "organs = unlabeled_organs(self.taxonomy)", ("tests/training/test_trainer.py",)),
+    Mutation("-", "the moving average of stage I runs on in stage II", f"{PACKAGE}/training/trainer.py",
+             "[\"ema_fg_dice\"][self.current_epoch] = mean", "[\"ema_fg_dice\"][self.current_epoch] += 0",
+             ("tests/training/test_trainer.py",)),
+    Mutation("-", "the best average of stage I stays the best", f"{PACKAGE}/training/trainer.py",
+             "            self._best_ema = None\n", "", ("tests/training/test_trainer.py",)),
+    Mutation("-", "a class keeps a number of each feature channel for its map", f"{NETWORK}/query_decoder.py",
+             "z = torch.bmm(weight.to(features.dtype), features.flatten(2))",
+             "z = (weight.to(features.dtype)[..., None] * features.flatten(2)[:, None]).sum(2)",
+             ("tests/network/test_memory.py",)),
+    Mutation("-", "the authors' tumor maps gain no score", f"{NETWORK}/zept.py",
+             "return a + score, healthy", "return a, healthy", ("tests/network/test_switches.py",)),
+    Mutation("-", "hiding a tumor hides it at inference too", f"{NETWORK}/zept.py",
+             "self.tumors_see_training.copy_(tumors_see)",
+             "self.tumors_see_training.copy_(tumors_see)\n"
+             "        self.tumors_see.copy_(tumors_see[: self.num_tumors, : self.num_tumors])",
+             ("tests/network/test_switches.py",)),
 )  # fmt: skip
+
+
+def is_meant(mutation: Mutation, words: str) -> bool:
+    """By its row, or by words of more than two letters."""
+    return words == str(mutation.row) or (len(words) > 2 and words in mutation.what)
 
 
 def copy_repository(target: Path) -> None:
@@ -174,9 +235,9 @@ def tests_pass(folder: Path, tests: tuple[str, ...]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="rows")
+    parser.add_argument("--only", nargs="+", metavar="ROW_OR_WORDS")
     args = parser.parse_args()
-    chosen = [m for m in MUTATIONS if not args.only or str(m.row) in args.only]
+    chosen = [m for m in MUTATIONS if not args.only or any(is_meant(m, words) for words in args.only)]
     survivors = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -287,7 +287,7 @@ def add_tumor_to_block(
 
     Raises:
         ZePTError: a tumor of the same hosts has the same description; the model's queries are learned per class, and
-            it has none for abnormal tissue in the hosts; or the name exists.
+            it has none for abnormal tissue in the hosts, or gave it to another tumor of theirs; or the name exists.
     """
     if block["decoder"]["queries"] == "learned" and (not hosts or {*hosts} - {*block["anomalies"].values()}):
         raise ZePTError(
@@ -295,11 +295,19 @@ def add_tumor_to_block(
             "means training again. Train with ZePTTrainer, whose queries are generated from descriptions"
         )
     taxonomy = Taxonomy.from_dict(block["taxonomy"]).with_tumor(name, label, hosts)
+    *others, tumor = taxonomy.tumors
+    same_place = [t for t in others if set(t.hosts) == set(tumor.hosts)]
+    twin = next((t.name for t in same_place if t.added), None)
+    if block["decoder"]["queries"] == "learned" and twin is not None:
+        raise ZePTError(
+            f"cannot add {name!r}: {twin!r} was added in the same host, and this model's queries are learned: both "
+            f"would take the one for abnormal tissue there, and nothing would tell them apart. Remove {twin!r} first "
+            "(zept remove-tumor), or train with queries that are generated from descriptions"
+        )
     text = describe_tumor(name, hosts, description)
     old = KnowledgeBank.from_dict(block["knowledge"])
     bank = old.with_classes({name: text}, source or built_in())
-    same_place = [t.name for t in taxonomy.tumors if set(t.hosts) == set(hosts) and t.name != name]
-    refuse_twin(name, next((n for n in same_place if old.vectors[n] == bank.vectors[name]), None), text)
+    refuse_twin(name, next((t.name for t in same_place if old.vectors[t.name] == bank.vectors[name]), None), text)
     return {
         **block,
         "taxonomy": taxonomy.to_dict(),

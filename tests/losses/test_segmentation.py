@@ -1,40 +1,53 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from tests.losses import reference
+from tests.network.reference import array
 from zept_nnunet.losses.segmentation import AnnotatedDiceBCE
 
-
-def _reference(z: torch.Tensor, y: torch.Tensor, annotated: torch.Tensor, valid: torch.Tensor | None) -> float:
-    """Per case and class, by loops (batch_dice off)."""
-    entropies, overlaps = [], []
-    for b in range(z.shape[0]):
-        for c in range(z.shape[1]):
-            if not annotated[b, c]:
-                continue
-            keep = torch.ones_like(z[b, c], dtype=torch.bool) if valid is None else valid[b, 0]
-            p, t = torch.sigmoid(z[b, c][keep]).double(), y[b, c][keep].double()
-            dice = (2 * (p * t).sum() + 1e-5) / (p.sum() + t.sum() + 1e-5)
-            bce = -(t * p.log() + (1 - t) * (1 - p).log()).mean()
-            entropies.append(float(bce))
-            if t.any():
-                overlaps.append(float(1 - dice))
-    return sum(entropies) / len(entropies) + sum(overlaps) / max(len(overlaps), 1)
+PATTERNS = torch.tensor([[1, 0, 1, 0, 1], [1, 1, 1, 0, 1], [1, 0, 0, 0, 1]], dtype=torch.bool)
+"""Of three cases and five classes; the fourth is annotated by none."""
 
 
 @pytest.mark.parametrize("spatial", [(5, 6), (4, 5, 3)])
-def test_equals_loops_over_cases_and_classes(spatial: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("weigh", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("with_ignore", [False, True], ids=["", "ignore"])
+@pytest.mark.parametrize("batch_dice", [False, True], ids=["", "batch"])
+def test_equals_loops_over_cases_classes_and_voxels(
+    batch_dice: bool, with_ignore: bool, weigh: bool, spatial: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
-    z, y = torch.randn(3, 4, *spatial), torch.rand(3, 4, *spatial) > 0.6
-    y[0, 1] = y[2, 2] = False  # two classes that a case annotates and does not show
-    loss = AnnotatedDiceBCE(batch_dice=False)
-    everything = torch.ones(3, 4, dtype=torch.bool)
-    assert loss(z, y, everything, None).item() == pytest.approx(_reference(z, y, everything, None), abs=1e-5)
-    some = torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0]], dtype=torch.bool)
-    assert loss(z, y, some, None).item() == pytest.approx(_reference(z, y, some, None), abs=1e-5)
-    valid = (torch.rand(1, 1, *spatial) > 0.3).expand(3, 1, *spatial)
-    assert loss(z, y, some, valid).item() == pytest.approx(_reference(z, y, some, valid), abs=1e-5)
+    z, y = 3 * torch.randn(3, 5, *spatial), torch.rand(3, 5, *spatial) > 0.7
+    y[0, 0] = y[2, 0] = False  # cases that annotate a class and do not show it
+    y[:, 4] = False  # nor does any of them that one
+    valid = torch.rand(3, 1, *spatial) > 0.2 if with_ignore else None
+    weight = None
+    if weigh:  # as λ: voxels that count a quarter or nothing, others for each class
+        weight = torch.tensor([0.0, 0.25, 1.0])[torch.randint(0, 3, (3, 5, *spatial))]
+        weight[:, 2] = 1.0
+        weight[1, 1] = 0.0  # all that a case has to say of a class
+    weights = np.ones(z.shape) if weight is None else array(weight)
+    weights = weights if valid is None else weights * array(valid)
+    flat = [m.reshape(3, 5, -1) for m in (array(z), y.numpy(), weights)]
+    for annotated in (PATTERNS, torch.ones(3, 5, dtype=torch.bool)):
+        wanted = reference.annotated_dice_bce(flat[0], flat[1], annotated.numpy(), flat[2], batch_dice)
+        got = AnnotatedDiceBCE(batch_dice)(z, y, annotated, valid, weight).item()
+        assert got == pytest.approx(wanted, abs=1e-5)
+
+
+def test_what_a_class_weighs_does_not_depend_on_which_other_classes_are_annotated() -> None:
+    """The loss is the mean over classes, whether they go through together or each by itself."""
+    torch.manual_seed(0)
+    z, y = torch.randn(2, 2, 6, 6), torch.rand(2, 2, 6, 6) > 0.6
+    weight = torch.rand(2, 2, 6, 6).square()
+    weight[:, 1] *= 0.2
+    loss, annotated = AnnotatedDiceBCE(batch_dice=False), torch.ones(2, 2, dtype=torch.bool)
+    together = loss(z, y, annotated, None, weight).item()
+    alone = [loss(z, y, annotated & (torch.arange(2) == c), None, weight).item() for c in range(2)]
+    assert together == pytest.approx(sum(alone) / 2, abs=1e-6)
 
 
 def test_an_unannotated_class_neither_rewards_nor_punishes() -> None:

@@ -16,9 +16,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.network.narrow import narrow_block, randomize
-from tests.small_plans import make_network
+from tests.small_plans import DATASET_JSON, make_network
+from zept_nnunet.knowledge import KnowledgeBank
 from zept_nnunet.losses import ZePTLoss
 from zept_nnunet.network.zept import ZePT
+from zept_nnunet.plans_block import own_parts
+from zept_nnunet.taxonomy import Taxonomy
 from zept_nnunet.training.targets import make_targets
 
 FLOAT = 4  # bytes
@@ -30,14 +33,32 @@ MANY = 16  # tumors, from which attention projects the tokens; with few it does 
 WIDTHS = (16, 32)  # D; each is well above what a class may keep per voxel
 
 
-def make(num_organs: int, num_tumors: int, width: int, variant: str = "zept", stage: int = 2) -> ZePT:
-    """Each tumor has one host."""
+def make(
+    num_organs: int, num_tumors: int, width: int, variant: str = "zept", stage: int = 2, num_abnormal: int = 0
+) -> ZePT:
+    """Each tumor has one host; so many of the other organs have a query for abnormal tissue.
+
+    Vectors are random: to encode the words of so many classes would take nearly all of the time.
+    """
     organs = {f"organ {i}": i for i in range(1, num_organs + 1)}
     tumors = {f"tumor {k}": num_organs + k for k in range(1, num_tumors + 1)}
     hosts = {f"tumor {k}": {"hosts": [f"organ {k}"]} for k in range(1, num_tumors + 1)}
-    block = narrow_block({"background": 0, **organs, **tumors}, variant, width, tumors=hosts)
-    network = make_network(2, block={**block, "anomalies": {}}).train()
+    labels = {"background": 0, **organs, **tumors}
+    dataset_json = {**DATASET_JSON, "labels": labels, "zept": {"tumors": hosts}}
+    decoder, training, anomalies = own_parts(dataset_json, variant, "dataset.json", {"width": width, "heads": 4})
+    anomalies = dict(list(anomalies.items())[:num_abnormal])
+    names = [*organs, *tumors, *anomalies]
+    vectors = torch.randn(len(names), 32, generator=torch.Generator().manual_seed(0)).tolist()
+    block = {
+        "taxonomy": Taxonomy.from_dataset_json(dataset_json).to_dict(),
+        "knowledge": KnowledgeBank("random", "0", 32, dict(zip(names, vectors, strict=True))).to_dict(),
+        "decoder": decoder,
+        "training": training,
+        "anomalies": anomalies,
+    }
+    network = make_network(2, block=block).train()
     network.stage = stage
+    assert len(network.anomaly_hosts) == num_abnormal
     return network
 
 
@@ -94,6 +115,17 @@ def test_a_tumor_keeps_its_maps_alone() -> None:
     assert slopes[0] <= PER_CONJUNCTION * sum(SCALES)
 
 
+def abnormal_bytes(width: int, abnormal: int, columns: int) -> int:
+    network, image = make(4 * MANY + 2, 2, width, num_abnormal=abnormal), torch.randn(1, 1, 16, columns)
+    return kept_bytes(network, lambda: network(image))
+
+
+def test_a_query_for_abnormal_tissue_keeps_its_maps_alone() -> None:
+    slopes = [per_class_and_voxel(partial(abnormal_bytes, width), MANY) for width in WIDTHS]
+    assert slopes[0] == pytest.approx(slopes[1])
+    assert 0 < slopes[0] <= PER_CONJUNCTION * sum(SCALES)
+
+
 def loss_bytes(width: int, organs: int, columns: int) -> int:
     network = make(organs, 2, width)
     loss = ZePTLoss(network, batch_dice=True)
@@ -108,6 +140,23 @@ def test_the_loss_keeps_an_organs_maps_alone() -> None:
     assert slopes[0] == pytest.approx(slopes[1])
     support_healthy_and_deviation = 2 * sum(SCALES) + 1
     assert slopes[0] <= PER_LOSS * support_healthy_and_deviation
+
+
+def abnormal_loss_bytes(share: float, abnormal: int, columns: int) -> int:
+    network = make(4 * MANY + 2, 2, WIDTHS[0], num_abnormal=abnormal)
+    loss = ZePTLoss(network, batch_dice=True, unlabeled_host_weight=share)
+    output = network(torch.randn(1, 1, 16, columns))
+    targets = [make_targets(torch.zeros(1, 1, *m.shape[2:]), network.taxonomy) for m in output.support]
+    is_annotated = torch.ones(1, network.num_organs + 2, dtype=torch.bool)
+    return kept_bytes(network, lambda: loss(output, targets, is_annotated))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_loss_keeps_the_maps_of_abnormal_tissue_alone(share: float) -> None:
+    """Also where voxels have weights of their own: one more map for each that is judged."""
+    slope = per_class_and_voxel(partial(abnormal_loss_bytes, share), MANY)
+    judged = sum(SCALES) + 1  # its maps, and the deviation of its organ, which is judged where such a query is
+    assert 0 < slope <= (PER_LOSS + (share < 1)) * judged
 
 
 class Largest(TorchDispatchMode):

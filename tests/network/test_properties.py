@@ -65,11 +65,19 @@ def test_permuting_the_organs_permutes_their_maps_and_nothing_else(
         same(theirs, mine[:, order])
         assert (theirs - mine).abs().max() > 0.1
     same(b.organ_embedding, a.organ_embedding[:, order])
+    assert (a.deviation is None) == (b.deviation is None) == (variant == "paper")
+    if a.deviation is not None and b.deviation is not None:
+        same(b.deviation, a.deviation[:, order])
+        assert (b.deviation - a.deviation).abs().max() > 0.1
     for mine, theirs in zip((*a.tumor, *a.anomaly), (*b.tumor, *b.anomaly), strict=True):
         same(theirs, mine)
     same(b.tumor_embedding, a.tumor_embedding)
     one.decoder.deep_supervision = other.decoder.deep_supervision = False
     same(other(image), one(image))  # channels follow the labels
+    mine, theirs = (n.forward_scores(image, with_prompts=True) for n in (one, other))
+    for name in ("support", "anomaly", "prompts"):
+        same(theirs[name], mine[name][:, order])
+    same(theirs["tumor_logits"], mine["tumor_logits"])
 
 
 @torch.no_grad()
@@ -79,9 +87,10 @@ def test_permuting_the_tumors_permutes_their_maps_and_nothing_else(dimensions: i
     permuted["taxonomy"]["tumors"] = [block["taxonomy"]["tumors"][k] for k in (1, 2, 0)]
     one = make(dimensions, block)
     a, b = one(image), make(dimensions, permuted, one)(image)
-    for mine, theirs in zip(a.tumor, b.tumor, strict=True):
+    for mine, theirs in zip((*a.tumor, a.tumor_embedding), (*b.tumor, b.tumor_embedding), strict=True):
         same(theirs, mine[:, [1, 2, 0]])
-    for mine, theirs in zip((*a.support, *a.healthy), (*b.support, *b.healthy), strict=True):
+    assert a.deviation is not None and b.deviation is not None
+    for mine, theirs in zip((*a.support, *a.healthy, a.deviation), (*b.support, *b.healthy, b.deviation), strict=True):
         same(theirs, mine)
 
 
@@ -163,6 +172,56 @@ def test_the_same_voxel_scores_the_same_in_every_window() -> None:
     assert (upper_score[:, :, 4:] - lower_score[:, :, :4]).abs().min() > 0.05
 
 
+@pytest.mark.parametrize(("gate", "reach"), [("voxel", 0), ("neighborhood", 1)])
+@pytest.mark.parametrize("floor", [None, 4.0])
+@torch.no_grad()
+def test_a_tumor_map_is_the_same_in_every_window(dimensions: int, gate: str, reach: int, floor: float | None) -> None:
+    """Given what the U-Net and the relative head say: then a voxel depends on itself, and by the gate on its neighbors.
+
+    What these two say does change with the window: a convolution sees as far as it reaches, instance norms the whole
+    patch, and the relative head what the patch shows of the organ (`test_relative.py`).
+    """
+    block = narrow_block()
+    block["decoder"] |= {"gate": gate, "score_in_maps": True}
+    network = make(dimensions, block)
+    torch.manual_seed(0)
+    size = [13] * dimensions
+    features = torch.randn(1, network.tumor_heads[-1].project.out_features, *size)
+    support, healthy, unlike = (4 * torch.randn(1, 4, *size) for _ in range(3))
+    queries = torch.randn(1, 2, 16)
+
+    def maps(start: int, stop: int) -> torch.Tensor:
+        f, u, h, d = (m[(..., *[slice(start, stop)] * dimensions)] for m in (features, support, healthy, unlike))
+        return network._tumor_maps(queries, network.hosts, [f], -1, u, h, d, floor)[0]
+
+    start, stop = 3, 11
+    inner = (..., *[slice(start + reach, stop - reach)] * dimensions)
+    window = (..., *[slice(reach, stop - start - reach)] * dimensions)
+    whole, part = maps(0, 13), maps(start, stop)
+    same(part[window], whole[inner], 1e-6)
+    border = (..., *[slice(start, stop)] * dimensions)
+    assert (part - whole[border]).abs().max() < 1e-4 or reach  # at the border neighbors are missing
+    assert (part - whole[border]).abs().max() > 0.1 or not reach
+
+
+@torch.no_grad()
+def test_with_a_patch_wise_score_a_tumor_map_changes_with_the_window(dimensions: int) -> None:
+    block = narrow_block()
+    block["decoder"] |= {"score_range": "patch", "prompts": "organs", "gate": "voxel", "score_in_maps": True}
+    network = make(dimensions, block)
+    torch.manual_seed(0)
+    size = [8] * dimensions
+    features = torch.randn(1, network.tumor_heads[-1].project.out_features, *size)
+    support, healthy = (torch.randn(1, 4, *size) for _ in range(2))
+    healthy[:, :, 0] = 30.0  # an organ of which one window shows nothing
+    queries = torch.randn(1, 2, 16)
+    whole, _ = network._tumor_maps(queries, network.hosts, [features], -1, support, healthy)
+    part, _ = network._tumor_maps(
+        queries, network.hosts, [features[:, :, 1:]], -1, support[:, :, 1:], healthy[:, :, 1:]
+    )
+    assert (part - whole[:, :, 1:]).abs().max() > 0.05
+
+
 def test_channels_are_made_voxel_by_voxel() -> None:
     labels = {"background": 0, "liver": [1, 3], "spleen": 2, "liver tumor": 3}
     taxonomy = Taxonomy.from_dataset_json({**DATASET_JSON, "labels": labels, "regions_class_order": [1, 2, 3]})
@@ -241,25 +300,57 @@ def is_constant(name: str) -> bool:
     return name.endswith("to_k.bias")
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "learned queries": {"queries": "learned"},
+    "score in maps": {"score_in_maps": True},
+    "no grouping": {"grouping": False},
+    "no relative features": {"relative": False, "prompts": "organs"},
+}
+ADVANCED = {"advanced", "joint", "tumor_heads", "tumor_queries", "host_to_tumor", "relative", "deviation_weight"}
+"""What belongs to tumor queries alone, and trains in stage II."""
+LACKS = {
+    "learned queries": {"tumor_queries", "host_to_tumor"},
+    "no relative features": {"relative", "deviation_weight"},
+}
+
+
+def narrow_settings(setting: str) -> dict[str, Any]:
+    return build_block({**DATASET_JSON, "labels": TWO_KIDNEYS}, settings={"width": 16, "heads": 4, **SETTINGS[setting]})
+
+
 @pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_a_gradient_reaches_every_parameter_that_the_stage_trains_and_no_other(
-    stage: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stage: int, setting: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(ZePTTrainer, monkeypatch, tmp_path)
+    trainer = make_trainer(ZePTTrainer, monkeypatch, tmp_path, narrow_settings(setting))
+    table = dict(trainer._zept().named_parameters()).get(LEARNED)
+    before = None if table is None else table.detach().clone()
     found, moved = gradients(trainer, stage)
     network = trainer._zept()
     advanced = advanced_names(network)
-    assert {"deviation_weight", "host_to_tumor.weight", "joint.norm.weight"} <= advanced
-    assert not {n for n in advanced if n.startswith(("encoder.", "decoder.", "grouping.", "support_heads."))}
+    wanted = (ADVANCED | ({"score_weight"} if setting == "score in maps" else set())) - LACKS.get(setting, set())
+    assert {n.split(".")[0] for n in advanced} == wanted
+    assert {n for n in found if n.split(".")[0] in wanted} == advanced
     trained = set(found) - advanced if stage == 1 else set(found)
+    idle = {n for n in trained if is_constant(n)}
+    if setting == "no grouping":
+        idle.add("background_queries")  # what they take up is only what is assigned to them
     assert {n for n in trained if found[n] is None} == set()
-    assert {n for n in trained if not has_gradient(found[n]) and not is_constant(n)} == set()
+    assert {n for n in trained if not has_gradient(found[n])} - idle == set()
+    assert not has_gradient(found["background_queries"]) or setting != "no grouping"
     assert all(torch.isfinite(g).all() for g in found.values() if g is not None)
     assert {n for n in set(found) - trained if has_gradient(found[n])} == set()
-    assert {n for n in trained - moved if not is_constant(n)} == set()
+    assert trained - moved - idle == set()
     with_state = {n for n, p in network.named_parameters() if p in trainer.optimizer.state}
     assert with_state == trained, "moments of a frozen parameter would begin with a stage of zeros"
     assert not moved - trained, "weight decay or momentum moved a parameter that this stage freezes"
+    if before is not None:  # one table of organs, tumors, and queries for abnormal tissue
+        assert table is not None and table.grad is not None
+        rows = [bool(row.any()) for row in table.grad]
+        assert rows == [True] * 4 + [stage == 2] * 3
+        assert [bool(row.any()) for row in table.detach() - before] == rows
 
 
 def test_tumor_maps_send_no_gradient_into_organ_maps(dimensions: int, image: torch.Tensor) -> None:
@@ -304,10 +395,14 @@ def test_the_authors_loss_leaves_their_coarse_maps_untrained(
 ) -> None:
     """They are made from detached scores and supervised at the finest scale alone."""
     trainer = make_trainer(ZePTTrainerPaper, monkeypatch, tmp_path)
-    found, _ = gradients(trainer, stage)
+    found, moved = gradients(trainer, stage)
     network = trainer._zept()
     advanced = advanced_names(network)
     untrained = {n for n, g in found.items() if not has_gradient(g) and not is_constant(n)}
     coarse = {n for n in found if n.startswith(("support_heads.", "tumor_heads.")) and n.split(".")[1] in "01"}
     wanted = coarse | {"background_queries"} | (advanced if stage == 1 else set())
     assert untrained == {n for n in wanted if not is_constant(n)}
+    assert {n.split(".")[0] for n in advanced} == {"advanced", "joint", "tumor_heads"}
+    if stage == 1:
+        assert not moved & advanced and not any(has_gradient(found[n]) for n in advanced)
+        assert not {n for n, p in network.named_parameters() if p in trainer.optimizer.state} & advanced

@@ -1,4 +1,4 @@
-"""The vectorized network and losses against loops over queries and voxels."""
+"""The vectorized network against loops over queries and voxels."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ import pytest
 import torch
 
 from tests.network import reference
-from tests.network.narrow import narrow_block, randomize
-from tests.network.reference import array
-from tests.small_plans import make_network
-from zept_nnunet.losses.alignment import published_alignment, query_positives
-from zept_nnunet.losses.segmentation import AnnotatedDiceBCE
+from tests.network.narrow import TWO_KIDNEYS, narrow_block, randomize
+from tests.network.reference import EVIDENCE_FLOOR, array
+from tests.small_plans import DATASET_JSON, make_network
 from zept_nnunet.network.attention import Attention
 from zept_nnunet.network.grouping import GroupingBlock, assign
 from zept_nnunet.network.logits import conjunction, union
 from zept_nnunet.network.query_decoder import MaskHead
 from zept_nnunet.network.self_prompting import calibrated_prompts, calibrated_score, minmax_prompts, minmax_score
 from zept_nnunet.network.zept import ZePT, ZePTOutput
-from zept_nnunet.plans_block import add_tumor_to_block
+from zept_nnunet.plans_block import add_tumor_to_block, build_block
 
 HOSTS = ((0,), (1, 2), ())
 
@@ -75,6 +73,27 @@ def test_masked_attention_of_several_heads() -> None:
         for b in range(2):
             mask = None if may_attend is None else may_attend[b].numpy()
             equal(got[b], reference.attention(layer, array(q[b]), array(x[b]), mask))
+
+
+@pytest.mark.parametrize("mask_shape", [None, (2, 5, 40), (1, 5, 40), (5, 40)])
+def test_few_queries_attend_as_many_do(mask_shape: tuple[int, ...] | None) -> None:
+    """The short way for few queries gives what the long way gives, and so do its gradients."""
+    torch.manual_seed(0)
+    attention = Attention(64, 4).double()
+    q = torch.randn(2, 5, 64, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 40, 64, dtype=torch.float64, requires_grad=True)
+    mask = None
+    if mask_shape is not None:
+        mask = torch.rand(mask_shape) > 0.5
+        mask[..., 0] = True
+    more = q.expand(2, 5, 64).repeat(1, 4, 1)  # the same queries four times: too many for the short way
+    wide = None if mask is None else mask.repeat(*[1] * (mask.ndim - 2), 4, 1)
+    results = []
+    for out in (attention(q, x, mask), attention(more, x, wide)[:, :5]):
+        gradients = torch.autograd.grad(out.square().sum(), (q, x, attention.to_v.weight, attention.to_k.weight))
+        results.append((out, *gradients))
+    for short, long in zip(*results, strict=True):
+        torch.testing.assert_close(short, long, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -143,117 +162,156 @@ def test_reference_log_odds_equal_exact_arithmetic() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- network
-def watch(module: torch.nn.Module, seen: list[Any], read: Callable[[tuple[Any, ...], Any], Any]) -> None:
-    module.register_forward_hook(lambda _, given, returned: seen.append(read(given, returned)))
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "score in maps": {"score_in_maps": True},
+    "learned queries": {"queries": "learned"},
+    "no grouping": {"grouping": False},
+    "no self-prompting": {"self_prompting": False},
+    "no relative features": {"relative": False, "prompts": "organs"},
+    "prompts from organ maps": {"prompts": "organs"},
+    "gate of the voxel": {"gate": "voxel"},
+    "patch-wise score": {"score_range": "patch", "prompts": "organs", "score_in_maps": True},
+}
+CASES = [(3, "score in maps"), *((2, name) for name in SETTINGS)]
+LABELS = {**TWO_KIDNEYS, "spleen tumor": 7, "any tumor": 8}
+
+
+def grow(dimensions: int, setting: str, deep_supervision: bool = True) -> ZePT:
+    """Two tumors of the training, the kidneys' in both of them; one that was added, and one more that may lie anywhere
+    in the body (unless queries are learned: it would have none).
+    """
+    block = narrow_block()
+    block = {**block, "decoder": {**block["decoder"], **SETTINGS[setting]}}
+    block = add_tumor_to_block(block, "spleen tumor", ("spleen",), 7)
+    if setting != "learned queries":
+        block = add_tumor_to_block(block, "any tumor", (), 8)
+    network = randomize(make_network(dimensions, block=block, deep_supervision=deep_supervision)).eval()
+    bias = network.tumor_heads[-1].bias
+    assert isinstance(bias, torch.nn.Linear)
+    torch.nn.init.constant_(bias.bias, -EVIDENCE_FLOOR)  # there is evidence on both sides
+    if network.score_per_organ:
+        network.prompt_threshold = 1.0  # random maps are high somewhere in each coarse voxel
+    return network
 
 
 @pytest.fixture
-def grown(dimensions: int) -> ZePT:
-    """Two tumors of the training and one that was added; the kidneys share a tumor."""
-    block = add_tumor_to_block(narrow_block(), "spleen tumor", ("spleen",), 7)
-    block["decoder"]["score_in_maps"] = True
-    return randomize(make_network(dimensions, block={**block, "anomalies": {}})).eval()
+def patch(dimensions: int, image: torch.Tensor) -> torch.Tensor:
+    """As small as the loops want it in 3D."""
+    return image if dimensions == 2 else image[:, :, :8, :16, :8]
 
 
-@torch.no_grad()
-def test_every_map_of_the_network(grown: ZePT, image: torch.Tensor) -> None:
-    features: list[list[torch.Tensor]] = []
-    unlike: list[torch.Tensor] = []
-    masks: list[torch.Tensor] = []
-    watch(grown.decoder, features, lambda _, returned: returned)
-    assert grown.relative is not None
-    watch(grown.relative, unlike, lambda _, returned: returned)
-    for layer in grown.advanced:
-        watch(layer, masks, lambda given, _: given[2])
-    grown.prompt_threshold = 1.0  # random maps are high somewhere in each coarse voxel
-    output = grown(image)
-    assert isinstance(output, ZePTOutput) and output.deviation is not None
-    for b in range(2):
-        grids = [tuple(f.shape[2:]) for f in features[0]]
-        maps_of = [array(f[b].flatten(1)) for f in features[0]]
-        wanted = reference.zept(grown, maps_of, array(unlike[0][b].flatten(1)), grids)
-        for got, maps in (
-            (output.support, wanted.support),
-            (output.healthy, wanted.healthy),
-            (output.tumor, wanted.tumor),
-        ):
-            for z, z_wanted in zip(got, reversed(maps), strict=True):
-                equal(z[b].flatten(1), z_wanted)
-        assert wanted.deviation is not None
-        equal(output.deviation[b].flatten(1), wanted.deviation)
-        equal(output.organ_embedding[b], wanted.organ_embedding)
-        equal(output.tumor_embedding[b], wanted.tumor_embedding)
-        for i, mask in enumerate(masks):
-            prompt = wanted.prompts[i % len(wanted.prompts)]
-            assert np.array_equal(mask[b].numpy(), prompt)
-            assert prompt.any(1).all() and not prompt.all()
+def watch(module: torch.nn.Module, read: Callable[[tuple[Any, ...], Any], Any]) -> list[Any]:
+    seen: list[Any] = []
+    module.register_forward_hook(lambda _, given, returned: seen.append(read(given, returned)))
+    return seen
 
 
-@torch.no_grad()
-def test_every_map_of_the_authors_network(dimensions: int, image: torch.Tensor) -> None:
-    network = randomize(make_network(dimensions, block=narrow_block(variant="paper"))).eval()
-    features: list[list[torch.Tensor]] = []
-    watch(network.decoder, features, lambda _, returned: returned)
+def compute(
+    network: ZePT, image: torch.Tensor, features: list[torch.Tensor], case: int, is_training: bool = True
+) -> reference.Maps:
+    """By loops, for one case of the batch, from the U-Net's features."""
+    maps = [array(f[case]) for f in features]
+    return reference.zept(network, array(image[case]), maps, (1.0,) * (image.ndim - 2), is_training)
+
+
+def equal_maps(network: ZePT, image: torch.Tensor) -> ZePTOutput:
+    """All that training sees, and the prompts."""
+    features = watch(network.decoder, lambda _, returned: returned)
+    masks = [watch(layer, lambda given, _: given[2]) for layer in network.advanced]
     output = network(image)
-    for b in range(2):
-        wanted = reference.zept(network, [array(f[b].flatten(1)) for f in features[0]], None)
-        equal(output.support[0][b].flatten(1), wanted.support[-1])
-        equal(output.healthy[0][b].flatten(1), wanted.healthy[-1])
-        equal(output.tumor[0][b].flatten(1), wanted.tumor[-1])
+    assert isinstance(output, ZePTOutput) and output.tumor
+    advanced = output.tumor
+    if output.anomaly:
+        advanced = [torch.cat(maps, 1) for maps in zip(output.tumor, output.anomaly, strict=True)]
+    for b in range(len(image)):
+        wanted = compute(network, image, features[0], b)
+        pairs = (output.support, wanted.support), (output.healthy, wanted.healthy), (advanced, wanted.tumor)
+        for got, maps in pairs:
+            for z, z_wanted in zip(got, list(reversed(maps))[: len(got)], strict=True):  # the authors': the finest
+                equal(z[b].flatten(1), z_wanted)
+        assert (output.deviation is None) == (wanted.deviation is None)
+        if output.deviation is not None and wanted.deviation is not None:
+            equal(output.deviation[b].flatten(1), wanted.deviation)
         equal(output.organ_embedding[b], wanted.organ_embedding)
         equal(output.tumor_embedding[b], wanted.tumor_embedding)
+        for i, (mask,) in enumerate(masks):
+            prompt = wanted.prompts[i % len(wanted.prompts)]
+            assert (mask is None) == (prompt is None)
+            if prompt is not None:
+                assert np.array_equal(mask[b].numpy(), prompt)
+                assert prompt.any(1).all() and not prompt.all()
+    return output
 
 
-# ---------------------------------------------------------------------------------------------------- losses
-@pytest.mark.parametrize("num_queries", [3, 5])  # stage I has organs alone
-def test_published_alignment(num_queries: int) -> None:
+@pytest.mark.parametrize(("dimensions", "setting"), CASES)
+@torch.no_grad()
+def test_every_map_of_the_network(dimensions: int, patch: torch.Tensor, setting: str) -> None:
+    network = grow(dimensions, setting)
+    output = equal_maps(network, patch)
+    assert output.anomaly and len(output.tumor) == len(output.support) == 3
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "changed"), [(3, {}), (2, {}), (2, {"score_in_maps": False}), (2, {"grouping": False})], ids=str
+)
+@torch.no_grad()
+def test_every_map_of_the_authors_network(dimensions: int, patch: torch.Tensor, changed: dict[str, Any]) -> None:
+    block = narrow_block(variant="paper")
+    block = {**block, "decoder": {**block["decoder"], **changed}}
+    equal_maps(randomize(make_network(dimensions, block=block)).eval(), patch)
+
+
+def equal_scores(network: ZePT, image: torch.Tensor, labels: dict[str, Any], thresholds: dict[str, float]) -> None:
+    """All that inference gives, of the last case."""
+    features = watch(network.decoder, lambda _, returned: returned)
+    got = network.forward_scores(image, with_prompts=True)
+    equal(network(image)[-1], array(got["logits"][-1]), 1e-7)
+    wanted = compute(network, image, features[0], -1, is_training=False)
+    support, healthy, tumor = (maps[-1] for maps in (wanted.support, wanted.healthy, wanted.tumor))
+    assert network.num_tumors == len(tumor)
+    maps = {name: z[-1].flatten(1) for name, z in got.items()}
+    equal(maps["support"], support)
+    equal(maps["tumor_logits"], tumor)
+    anomaly = wanted.score if wanted.deviation is None else wanted.deviation
+    equal(maps["anomaly"], np.broadcast_to(anomaly, support.shape))
+    equal(maps["logits"], reference.channels(labels, network.taxonomy, healthy, tumor, thresholds))
+    grid, coarse = image.shape[2:], features[0][network.num_grouping - 1].shape[2:]
+    for v, place in enumerate(np.ndindex(*grid)):
+        of = tuple(i * m // n for i, n, m in zip(place, grid, coarse, strict=True))
+        prompt = wanted.organ_prompts[:, np.ravel_multi_index(of, coarse)]
+        assert np.array_equal(maps["prompts"][:, v], prompt)
+
+
+@pytest.mark.parametrize(("dimensions", "setting"), CASES)
+@torch.no_grad()
+def test_every_score_of_a_prediction(
+    dimensions: int, patch: torch.Tensor, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evidence against a tumor counts by its logarithm from 4 log-odds on; scores know no threshold, channels do."""
+    network = grow(dimensions, setting, deep_supervision=False)
+    names = [t.name for t in network.taxonomy.tumors]
+    thresholds = {"kidney tumor": -3.0, names[-1]: 1.0}
+    network.thresholds = [thresholds.get(name) for name in names]
+    labels = {name: value for name, value in LABELS.items() if value == 0 or value <= 4 or name in names}
+    equal_scores(network, patch, labels, thresholds)
+    found = network.forward_scores(patch)["tumor_logits"]
+    monkeypatch.setattr("zept_nnunet.network.zept._EVIDENCE_FLOOR", 1e4)
+    assert (found - network.forward_scores(patch)["tumor_logits"]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_every_score_of_a_prediction_by_the_authors_network(dimensions: int, patch: torch.Tensor) -> None:
+    block = narrow_block(variant="paper")
+    network = randomize(make_network(dimensions, block=block, deep_supervision=False)).eval()
+    equal_scores(network, patch, TWO_KIDNEYS, {})
+
+
+@torch.no_grad()
+def test_every_score_of_a_prediction_of_regions() -> None:
+    labels = {"background": 0, "abdomen": [1, 2, 3], "liver": [1, 3], "spleen": 2, "liver tumor": 3}
+    dataset = {**DATASET_JSON, "labels": labels, "regions_class_order": [1, 1, 2, 3]}
+    block = build_block(dataset, settings={"width": 16, "heads": 4})
+    network = randomize(make_network(2, block=block, deep_supervision=False)).eval()
     torch.manual_seed(0)
-    embedding, knowledge = torch.randn(2, num_queries, 8), torch.randn(5, 8)
-    positives = query_positives(((0,), (1, 2)), 3)
-    got = published_alignment(embedding, knowledge, positives[:num_queries, :num_queries], torch.tensor(0.4))
-    terms = [reference.published_alignment(array(e), array(knowledge), array(positives), 0.4) for e in embedding]
-    equal(got, float(np.mean(terms)))
-
-
-@pytest.mark.parametrize("with_ignore", [False, True])
-@pytest.mark.parametrize("batch_dice", [False, True])
-def test_segmentation_of_annotated_classes(batch_dice: bool, with_ignore: bool) -> None:
-    """BCE is a mean over the valid voxels of the cases that annotate a class, as in nnU-Net; Dice where asked for."""
-    torch.manual_seed(0)
-    logits, target = 3 * torch.randn(3, 4, 5, 4), torch.rand(3, 4, 5, 4) > 0.7
-    is_annotated = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
-    is_valid = torch.rand(3, 1, 5, 4) > 0.2 if with_ignore else None
-    valid = np.ones((3, 5, 4), dtype=bool) if is_valid is None else is_valid[:, 0].numpy()
-    total, pairs = 0.0, 0
-    for c in range(4):
-        cases = [b for b in range(3) if is_annotated[b, c]]
-        if not cases:
-            continue
-        z, y = ([array(t[b, c])[valid[b]] for b in cases] for t in (logits, target))
-        dice = [reference.soft_dice(z_case, y_case) for z_case, y_case in zip(z, y, strict=True)]
-        if batch_dice:
-            dice = [reference.soft_dice(np.concatenate(z), np.concatenate(y))]
-        term = 1 - np.mean(dice) + reference.cross_entropy(np.concatenate(z), np.concatenate(y))
-        total, pairs = total + len(cases) * term, pairs + len(cases)
-    equal(AnnotatedDiceBCE(batch_dice)(logits, target, is_annotated, is_valid), total / pairs)
-
-
-@pytest.mark.parametrize("mask_shape", [None, (2, 5, 40), (1, 5, 40), (5, 40)])
-def test_few_queries_attend_as_many_do(mask_shape: tuple[int, ...] | None) -> None:
-    """The short way for few queries gives what the long way gives, and so do its gradients."""
-    torch.manual_seed(0)
-    attention = Attention(64, 4).double()
-    q = torch.randn(2, 5, 64, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(2, 40, 64, dtype=torch.float64, requires_grad=True)
-    mask = None
-    if mask_shape is not None:
-        mask = torch.rand(mask_shape) > 0.5
-        mask[..., 0] = True
-    more = q.expand(2, 5, 64).repeat(1, 4, 1)  # the same queries four times: too many for the short way
-    wide = None if mask is None else mask.repeat(*[1] * (mask.ndim - 2), 4, 1)
-    results = []
-    for out in (attention(q, x, mask), attention(more, x, wide)[:, :5]):
-        gradients = torch.autograd.grad(out.square().sum(), (q, x, attention.to_v.weight, attention.to_k.weight))
-        results.append((out, *gradients))
-    for short, long in zip(*results, strict=True):
-        torch.testing.assert_close(short, long, rtol=0, atol=1e-12)
+    equal_scores(network, torch.randn(2, 1, 16, 24), labels, {})

@@ -1,4 +1,4 @@
-"""Relative features: robust statistics against a loop, invariances, absent organs, gradients."""
+"""Relative features and their head: against loops, invariances, windows, absent organs, gradients."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.network import reference
+from tests.network.reference import array
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.network.pooling import mean_of_neighbors
 from zept_nnunet.network.relative import (
-    NUM_SAMPLES,
     RelativeFeatures,
     RelativeHead,
     boxes_of,
@@ -33,31 +34,101 @@ def make_image(dimensions: int = 3, seed: int = 0) -> torch.Tensor:
     return torch.randn(1, 1, *SIZE[-dimensions:], generator=torch.Generator().manual_seed(seed))
 
 
-def reference_statistics(x: np.ndarray, w: np.ndarray, floor: float) -> tuple[float, float]:
-    """One organ, one channel, voxel by voxel in float64."""
-    total, samples = w.sum(), []
-    for j in range(NUM_SAMPLES):
-        level, running = (j + 0.5) / NUM_SAMPLES * total, 0.0
-        for value, weight in zip(x, w, strict=True):
-            running += weight
-            if running > level:
-                samples.append(value)
-                break
-    median = sorted(samples)[NUM_SAMPLES // 2]
-    spread = max(1.4826 * sorted(abs(s - median) for s in samples)[NUM_SAMPLES // 2], floor)
-    near = [weight * np.exp(-0.5 * ((value - median) / spread) ** 2) for value, weight in zip(x, w, strict=True)]
-    mean = sum(n * value for n, value in zip(near, x, strict=True)) / sum(near)
-    return mean, 2 * sum(n * (value - mean) ** 2 for n, value in zip(near, x, strict=True)) / sum(near)
-
-
 def test_statistics_equal_a_loop() -> None:
     rng = np.random.default_rng(0)
     x, w = rng.normal(3, 2, (2, 3, 200)), rng.random((2, 200)) ** 2
     mean, variance = robust_statistics(torch.from_numpy(x).float(), torch.from_numpy(w).float(), torch.full((3,), 0.1))
     for n in range(2):
         for k in range(3):
-            wanted = reference_statistics(x[n, k].astype(np.float32), w[n].astype(np.float32), 0.1)
+            wanted = reference.robust_statistics(x[n, k].astype(np.float32), w[n].astype(np.float32), 0.1)
             assert (mean[n, k].item(), variance[n, k].item()) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+SPACINGS = {
+    "fine": (1.0, 1.2, 1.0),
+    "thick slices": (5.0, 1.0, 1.0),
+    "coarse": (4.0, 4.5, 4.0),
+    "coarse along one axis": (3.5, 2.0, 2.0),
+    "2d": (0.8, 0.8),
+    "2d, long pixels": (4.0, 1.0),
+    "2d, coarse": (5.9, 5.9),
+}
+
+
+def scene(dimensions: int, channels: int = 1) -> tuple[torch.Tensor, ...]:
+    """Image, features, support of four organs, and their queries, of two cases on odd axes.
+
+    The first organ is there to some share everywhere; one has an edge; one is nowhere; one is as faint as to be in some
+    of the voxels alone. A few voxels deviate more than counts.
+    """
+    torch.manual_seed(0)
+    size = (5, 7, 9)[-dimensions:]
+    x, f, queries = torch.randn(2, channels, *size), torch.randn(2, 6, *size), torch.randn(2, 4, 5)
+    x[..., 2, 3:5], x[..., 3, 7] = 40.0, -60.0
+    u = 3 * torch.randn(2, 4, *size) + 1
+    u[:, 1] = 2 + u[:, 1].abs()
+    u[:, 1, ..., :2] = u[:, 1, ..., 6:] = -FAR
+    u[:, 2] = -FAR
+    u[:, 3] = -3 + 0.2 * torch.randn(2, *size)
+    return x, f, u, queries
+
+
+def make_head(spacing: tuple[float, ...], noise: tuple[float, ...] = (0.1,), width: int | None = None) -> RelativeHead:
+    """As the models build it, with weights as after a training; 8 voxels weigh as much as the population's values."""
+    torch.manual_seed(1)
+    head = build_relative_head(spacing, 6, len(noise), noise, width)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        head.features.population[-1] = 20.0  # beyond the bound of a population's spread
+    head.features.prior_voxels = 8.0
+    return head
+
+
+@pytest.mark.parametrize("noise", [(0.1,), (0.02, 0.3)], ids=["one channel", "two channels"])
+@pytest.mark.parametrize("name", SPACINGS)
+@torch.no_grad()
+def test_relative_features_equal_loops(name: str, noise: tuple[float, ...]) -> None:
+    spacing = SPACINGS[name]
+    x, f, u, queries = scene(len(spacing), len(noise))
+    head = make_head(spacing, noise, 5)
+    got = head.features(x, f, u, queries)
+    for b in range(2):
+        args = array(x[b]), array(f[b]), array(u[b]), array(queries[b]), spacing, noise
+        wanted = reference.relative_features(head.features, *args)
+        np.testing.assert_allclose(array(got[b]), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    number = head.features.num_channels
+    r, share = wanted[:, :number], wanted[:, 2 * number]
+    assert number == 3 * len(noise) + 4 and len(wanted[0]) % 8 == 0
+    assert np.isclose(np.abs(r[0]), 10 * share[0]).any()  # as far as r counts
+    assert (share[2] == 0).all() and (share[3] == 0).any() and ((share[3] > 0) & (share[3] < 0.1)).any()
+
+
+@pytest.mark.parametrize("way", ["cropped", "in chunks"])
+@pytest.mark.parametrize("name", SPACINGS)
+@torch.no_grad()
+def test_the_head_equals_loops(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU each organ is cropped to where it is; on a GPU, and compiled, organs go through in chunks."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: way == "in chunks")
+    spacing = SPACINGS[name]
+    x, f, u, queries = scene(len(spacing))
+    for width in (5, None):
+        head = make_head(spacing, width=width)
+        head.organs_per_chunk = 3
+        got = head(x, f, u, queries if width else None)
+        for b in range(2):
+            args = array(x[b]), array(f[b]), array(u[b]), array(queries[b]) if width else None, spacing
+            wanted = reference.relative_head(head, *args)
+            np.testing.assert_allclose(array(got[b]), wanted, rtol=0, atol=1e-5 * max(1, np.abs(wanted).max()))
+            assert not wanted[2].any() and all(np.ptp(wanted[i]) > 0.02 for i in (0, 1, 3))
+
+
+def test_an_organ_is_where_its_share_of_a_pooled_voxel_exceeds_a_twentieth() -> None:
+    features = RelativeFeatures(0, 1, pooling=2)
+    shares = torch.tensor([0.2, 0.39, 0.41, 1.0])  # of one voxel in eight
+    u = torch.full((1, 1, 2, 2, 8), -FAR)
+    u[0, 0, 0, 0, ::2] = torch.logit(shares, eps=1e-7)
+    torch.testing.assert_close(features.inside(u).flatten(), torch.tensor([0, 0, 0.41 / 8, 1 / 8]))
 
 
 def test_statistics_are_those_of_a_gaussian_and_outliers_hardly_move_them() -> None:
@@ -161,6 +232,88 @@ def test_organs_cropped_to_where_they_are_give_what_the_whole_patch_gives(poolin
     torch.testing.assert_close(head(x, f, u, queries)[1, 3], torch.zeros(size))
 
 
+# ---------------------------------------------------------------------------------------------------- windows
+def volume(dimensions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Image, features, support and queries of more than a window shows. Of the two organs one lies in [14, 24) of each
+    axis and grows brighter along the last one; the other is everywhere else.
+    """
+    torch.manual_seed(2)
+    size = [40] * dimensions
+    x, f, queries = torch.randn(1, 1, *size), torch.randn(1, 6, *size), torch.randn(1, 2, 5)
+    organ = (..., *[slice(14, 24)] * dimensions)
+    u = torch.full((1, 2, *size), -FAR)
+    u[:, 1] = FAR
+    u[:, :1][organ], u[:, 1:][organ] = 2 * torch.randn_like(u[:, :1][organ]) + 2, -FAR
+    x[organ] += torch.linspace(-2, 2, 10)
+    return x, f, u, queries
+
+
+def seen_in(start: int, length: int, *maps: torch.Tensor) -> list[torch.Tensor]:
+    """What a window shows of maps (B, C, *)."""
+    return [m[(..., *[slice(start, start + length)] * (m.ndim - 2))] for m in maps]
+
+
+def cube(start: int, stop: int, dimensions: int) -> torch.Tensor:
+    """Whether a voxel of the volume lies in [start, stop) of each axis."""
+    mask = torch.zeros([40] * dimensions, dtype=torch.bool)
+    mask[(slice(start, stop),) * dimensions] = True
+    return mask
+
+
+@pytest.mark.parametrize(("offset", "name"), [(4, "2d"), (6, "fine"), (3, "2d, coarse"), (5, "coarse")])
+@torch.no_grad()
+def test_an_organ_that_two_windows_show_as_a_whole_deviates_alike_in_both(offset: int, name: str) -> None:
+    """Three (pooled) voxels around it belong to the whole: averages within the organ reach so far."""
+    spacing = SPACINGS[name]
+    x, f, u, queries = volume(len(spacing))
+    head = make_head(spacing, width=5)
+    a, b = (head(*seen_in(start, 30, x, f, u), queries)[:, :1] for start in (0, offset))
+    (mine,), (theirs,) = seen_in(12, 14, a), seen_in(12 - offset, 14, b)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    assert mine.std() > 0.1
+
+
+@torch.no_grad()
+def test_pooled_voxels_follow_the_window() -> None:
+    """An offset of one pooled voxel and a half changes which voxels are averaged: equal they are no more."""
+    x, f, u, queries = volume(2)
+    head = make_head(SPACINGS["2d"], width=5)
+    a, b = (head(*seen_in(start, 30, x, f, u), queries)[:, 0] for start in (0, 3))
+    assert (a[:, 14:24, 14:24] - b[:, 11:21, 11:21]).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_of_an_organ_that_the_window_cuts_the_reference_is_what_is_left() -> None:
+    """So what the window shows of the organ changes the deviation of each of its voxels."""
+    x, f, u, queries = volume(2)
+    head = make_head(SPACINGS["2d, coarse"], width=5)
+    a, b = (head(*seen_in(start, 20, x, f, u), queries)[:, 0] for start in (8, 0))  # all of it, and up to voxel 20
+    whole, cut = a[:, 6:9, 6:9], b[:, 14:17, 14:17]  # far from where it is cut
+    assert (whole - cut).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["2d", "fine", "2d, coarse"])
+@torch.no_grad()
+def test_what_lies_outside_an_organ_does_not_change_its_deviation(name: str) -> None:
+    """Neither other organs nor features; nor intensities, but for the 1e-4 of their weight that keeps averages within
+    the organ finite where it is not, and that reaches three voxels.
+    """
+    spacing = SPACINGS[name]
+    x, f, u, queries = volume(len(spacing))
+    head = make_head(spacing, width=5)
+    before = head(x, f, u, queries)[:, 0]
+    reach = 3 * max(reference.pooling_and_smoothing(spacing)[0])
+    is_organ, is_reached = (cube(14 - r, 24 + r, len(spacing)) for r in (0, reach))
+    others = u.clone()
+    others[:, 1] = torch.randn_like(u[:, 1])
+    far, strange = torch.where(is_reached, x, 5 * torch.randn_like(x) + 3), torch.where(is_organ, f, 9 + f)
+    same = head(far, strange, others, torch.cat((queries[:, :1], -queries[:, 1:]), 1))[:, 0]
+    torch.testing.assert_close(same, before, rtol=0, atol=1e-5)
+    near = head(torch.where(is_organ, x, x + 3), f, u, queries)[:, 0]
+    assert 0 < (near - before).abs().max() < 0.01
+    assert (head(x + 3 * torch.randn_like(x), f, u, queries)[:, 0] - before).abs().max() > 0.2  # inside as well
+
+
 def test_boxes_of_masks() -> None:
     masks = torch.zeros(3, 8, 10, dtype=torch.bool)
     masks[0, 3:5, 9] = True
@@ -174,6 +327,7 @@ def test_boxes_of_masks() -> None:
         ((1.0, 1.0, 1.0), (2, 2, 2), (3, 3, 3)),
         ((2.5, 0.8, 0.8), (1, 2, 2), (1, 3, 3)),  # thick slices
         ((7.4, 5.9, 5.9), (1, 1, 1), (3, 3, 3)),  # coarse voxels
+        ((3.5, 2.0, 2.0), (1, 2, 2), (3, 3, 3)),  # coarse along one axis
         ((5.0, 1.5), (1, 2), (1, 3)),
     ],
 )

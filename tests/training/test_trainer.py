@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from tests.network.compare import differing
 from tests.small_plans import DATASET_JSON, make_network, make_plans
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.losses import TERMS
+from zept_nnunet.network.zept import ZePTOutput
 from zept_nnunet.plans_block import build_block
-from zept_nnunet.training.targets import make_targets
+from zept_nnunet.training.anomalies import InsertAnomalies
+from zept_nnunet.training.targets import Targets, make_targets
 from zept_nnunet.training.trainer import ZePTTrainer
 from zept_nnunet.training.variants import (
     ZePTTrainer_1epoch,
@@ -193,16 +198,20 @@ def test_paper_trainer_gets_the_papers_decoder(results: Path) -> None:
     assert (decoder["queries"], decoder["score"]) == ("learned", "minmax")
 
 
+def transform_arguments(trainer: ZePTTrainer) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What nnU-Net gives to get_training_transforms."""
+    flags = {"use_mask_for_norm": [False], "is_cascaded": False, "foreground_labels": [1, 2, 3, 4, 5], "regions": None}
+    size = trainer.configuration_manager.patch_size
+    return (size, (-0.1, 0.1), [[1.0] * 3, [0.5] * 3], (0, 1, 2), False), flags | {"ignore_label": None}
+
+
 def test_anomalies_go_into_organs_without_tumor_labels(results: Path) -> None:
     plans = make_plans()
     seen = {"mean": 50.0, "std": 40.0, "percentile_00_5": -100.0, "percentile_99_5": 200.0}
     plans["foreground_intensity_properties_per_channel"] = {"0": seen}
     trainer = make_trainer(plans=plans)
     size = trainer.configuration_manager.patch_size
-    transforms = trainer.get_training_transforms(
-        size, (-0.1, 0.1), [[1.0] * 3, [0.5] * 3], (0, 1, 2), False, use_mask_for_norm=[False], is_cascaded=False,
-        foreground_labels=[1, 2, 3, 4, 5], regions=None, ignore_label=None,
-    )  # fmt: skip
+    transforms = trainer.get_training_transforms(*transform_arguments(trainer)[0], **transform_arguments(trainer)[1])
     labels = torch.zeros(1, *size, dtype=torch.int16)
     labels[:, :, 2:11] = 1  # liver: it has tumor labels
     labels[:, :, 13:22] = 3  # pancreas: it has none
@@ -321,3 +330,206 @@ def test_a_region_is_annotated_as_a_whole_without_its_tumors(results: Path) -> N
     reference, annotated = trainer._reference_channels(make_targets(label_map, trainer.taxonomy), is_annotated)
     assert annotated.tolist() == [[True, False, True]]
     assert reference[0].tolist() == [[False, True, False], [False, False, False], [False, False, True]]
+
+
+# ---------------------------------------------------------------------------------------------------- one setting
+NARROW = {"width": 16, "heads": 4}
+
+
+def make_batch(trainer: ZePTTrainer, with_anomalies: bool = True) -> dict[str, Any]:
+    """Two cases of random labels, those of synthetic anomalies among them."""
+    generator = torch.Generator().manual_seed(0)
+    anomalies = trainer.anomaly_labels.values() if with_anomalies else ()
+    values = torch.tensor([0, *(c.label for c in trainer.taxonomy.classes), *anomalies])
+    sizes = [(16, 24, 16), (8, 12, 8), (4, 6, 4)]
+    maps = [values[torch.randint(0, len(values), (2, 1, *size), generator=generator)] for size in sizes]
+    return {"data": torch.randn(2, 1, *sizes[0], generator=generator), "target": maps, "keys": ["a", "b"]}
+
+
+def two_trainers(**settings: Any) -> tuple[ZePTTrainer, ZePTTrainer]:
+    """The default, and one that differs in the settings; equal weights, no noise."""
+    trainers = with_settings(**NARROW), with_settings(**NARROW, **settings)
+    for trainer in trainers:
+        build(trainer)
+        trainer.network.eval()
+    trainers[1].network.load_state_dict(trainers[0].network.state_dict())
+    return trainers
+
+
+def forward(trainer: ZePTTrainer, batch: dict[str, Any]) -> tuple[ZePTOutput, torch.Tensor, dict[str, torch.Tensor]]:
+    output, _, loss, terms = trainer._forward(batch)
+    return output, loss, terms
+
+
+def unequal_terms(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
+    assert set(a) == set(b) == set(TERMS)
+    return {term for term in TERMS if not torch.equal(a[term], b[term])}
+
+
+def test_without_alignment_the_loss_lacks_its_two_terms_and_nothing_else(results: Path) -> None:
+    trainers = two_trainers(alignment=False)
+    batch = make_batch(trainers[0])
+    (a, total, terms), (b, less, same_terms) = (forward(t, batch) for t in trainers)
+    assert differing(a, b) == set() and unequal_terms(terms, same_terms) == set()  # logged all the same
+    alignment = terms["query_to_knowledge"] + terms["query_to_query"]
+    assert alignment > 1 and (total - less).item() == pytest.approx(alignment.item(), rel=1e-5)
+    learns = []
+    for trainer, loss in zip(trainers, (total, less), strict=True):
+        loss.backward()
+        learns.append({n for n, p in trainer.network.named_parameters() if p.grad is not None and p.grad.any()})
+    assert learns[0] - learns[1] == {"to_knowledge.weight", "to_knowledge.bias", "log_temperature"}
+    assert not learns[1] - learns[0]
+
+
+def test_organs_that_include_tumors_change_the_healthy_target_and_nothing_else(results: Path) -> None:
+    trainers = two_trainers(organs_include_tumors=True)
+    batch = make_batch(trainers[0])
+    targets: list[list[Targets]] = [[t._targets(m) for m in batch["target"]] for t in trainers]
+    for mine, theirs in zip(*targets, strict=True):
+        for name in ("support", "tumor", "abnormal"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name))
+        assert torch.equal(theirs.healthy, theirs.support) and not torch.equal(mine.healthy, theirs.healthy)
+        assert mine.is_valid is theirs.is_valid is None
+    (a, _, terms), (b, _, others) = (forward(t, batch) for t in trainers)
+    assert differing(a, b) == set() and unequal_terms(terms, others) == {"organ_healthy"}
+    for mine, theirs in zip(*(sorted(t.validation_step(batch).items()) for t in trainers), strict=True):
+        assert np.array_equal(mine[1], theirs[1]) == (mine[0] != "loss")  # judged by the labels as they are
+
+
+def test_without_synthetic_anomalies_a_batch_is_nnunets_own(results: Path) -> None:
+    default, other = two_trainers(synthetic_anomalies=False)
+    args, flags = transform_arguments(other)
+    with_anomalies, without = (t.get_training_transforms(*args, **flags) for t in (default, other))
+    steps = [[type(step) for step in t.transforms] for t in (with_anomalies, without)]
+    assert [step for step in steps[0] if step is not InsertAnomalies] == steps[1] != steps[0]
+    stock = nnUNetTrainer.get_training_transforms(*args, **flags)
+    size = other.configuration_manager.patch_size
+    labels = torch.full((1, *size), 3, dtype=torch.int16)  # pancreas, whose tumors nobody labeled
+    samples = []
+    for transforms in (without, stock):
+        np.random.seed(0)
+        torch.manual_seed(0)
+        samples.append([transforms(image=torch.randn(1, *size), segmentation=labels.clone()) for _ in range(3)])
+    for mine, theirs in zip(*samples, strict=True):
+        assert torch.equal(mine["image"], theirs["image"])
+        for a, b in zip(mine["segmentation"], theirs["segmentation"], strict=True):
+            assert torch.equal(a, b) and set(a.unique().tolist()) <= {0, 3}
+
+
+def test_without_synthetic_anomalies_the_loss_says_nothing_of_abnormal_tissue_that_nobody_labeled(
+    results: Path,
+) -> None:
+    trainers = two_trainers(synthetic_anomalies=False)
+    batch = make_batch(trainers[0], with_anomalies=False)
+    (a, _, terms), (b, loss, others) = (forward(t, batch) for t in trainers)
+    assert unequal_terms(terms, others) == {"anomaly", "deviation"} | (differing(a, b) & {"tumor"})
+    assert not b.anomaly and others["anomaly"] == 0 and others["tumor"].item() == pytest.approx(terms["tumor"].item())
+    assert b.deviation is not None
+    b.deviation.retain_grad()
+    loss.backward()
+    gradient = b.deviation.grad
+    assert gradient is not None and gradient[:, :2].any() and not gradient[:, 2].any()  # the pancreas
+
+
+# ---------------------------------------------------------------------------------------------------- resume
+def resumable(seed: int, monkeypatch: pytest.MonkeyPatch) -> ZePTTrainer:
+    """Five epochs, the first two of them in stage I, that save every epoch and plot nothing."""
+    torch.manual_seed(seed)
+    trainer = with_settings(ZePTTrainer_5epochs, stage_one_share=0.4, **NARROW)
+    build(trainer)
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+    trainer.was_initialized = True
+    monkeypatch.setattr(trainer.logger, "plot_progress_png", lambda folder: None)
+    return trainer
+
+
+def run_epoch(trainer: ZePTTrainer, batch: dict[str, Any]) -> None:
+    """As nnU-Net's run_training does it; the noise is that of the epoch."""
+    torch.manual_seed(100 + trainer.current_epoch)
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    trainer.on_train_epoch_end([trainer.train_step(batch)])
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        trainer.on_validation_epoch_end([trainer.validation_step(batch)])
+    trainer.on_epoch_end()
+
+
+def moments(trainer: ZePTTrainer) -> dict[str, torch.Tensor]:
+    """Adam's first moment of each parameter that has one."""
+    state = trainer.optimizer.state
+    return {n: state[p]["exp_avg"] for n, p in trainer.network.named_parameters() if p in state}
+
+
+@pytest.mark.parametrize(("stop", "stages"), [(1, [1, 1]), (2, [1, 1, 2]), (3, [1, 1, 2, 2])])
+def test_a_resumed_training_goes_on_as_the_one_that_never_stopped(
+    results: Path, monkeypatch: pytest.MonkeyPatch, stop: int, stages: list[int]
+) -> None:
+    """Within stage I, at the hand-over, and within stage II: the next weights are the same in every bit."""
+    straight, resumed = resumable(0, monkeypatch), resumable(1, monkeypatch)
+    batch = make_batch(straight)
+    for _ in range(stop):
+        run_epoch(straight, batch)
+    resumed.load_checkpoint(str(Path(straight.output_folder) / "checkpoint_latest.pth"))
+    assert resumed.current_epoch == stop
+    network = resumed._zept()
+    advanced = {id(p) for p in network.stage_two_parameters()}
+    of_stage_two = {n for n, p in network.named_parameters() if id(p) in advanced}
+    everything = {n for n, _ in network.named_parameters()}
+    assert set(moments(resumed)) == (everything - of_stage_two if stop < 3 else everything)
+    for trainer in (straight, resumed):
+        run_epoch(trainer, batch)
+        logged = trainer.logger.local_logger.my_fantastic_logging
+        assert logged["stage"] == stages and trainer._zept().stage == stages[-1]
+    assert set(moments(resumed)) == (everything - of_stage_two if stages[-1] == 1 else everything)
+    for mine, theirs in ((straight.network.state_dict(), resumed.network.state_dict()),
+                         (moments(straight), moments(resumed))):  # fmt: skip
+        assert mine.keys() == theirs.keys()
+        assert {n for n, value in mine.items() if not torch.equal(value, theirs[n])} == set()
+    a, b = (t.logger.local_logger.my_fantastic_logging for t in (straight, resumed))
+    for key in set(a) - {"epoch_start_timestamps", "epoch_end_timestamps"}:
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_stage_one_leaves_the_learned_queries_of_tumors_where_they_are(results: Path) -> None:
+    """They are rows of one table with the organs', which stage I trains."""
+    trainer = with_settings(ZePTTrainer_5epochs, queries="learned", **NARROW)
+    build(trainer)
+    trainer.optimizer, _ = trainer.configure_optimizers()
+    table = trainer._zept().get_parameter("decoder.seg_layers.queries")
+    before = table.detach().clone()
+    trainer.train_step(make_batch(trainer))
+    assert trainer._zept().stage == 1 and table.shape[0] == 3 + 2 + 1
+    assert (table[:3] != before[:3]).any(1).all() and torch.equal(table[3:], before[3:])
+
+
+def count(dice: tuple[float, ...]) -> dict[str, Any]:
+    """A validation step whose five classes have these Dice."""
+    tp = np.round(100 * np.array(dice))
+    return {"loss": np.array(1.0), "tp_hard": tp, "fp_hard": 100 - tp, "fn_hard": 100 - tp}
+
+
+@pytest.mark.parametrize("resumed_before", [None, 2, 3])
+def test_the_moving_average_of_the_pseudo_dice_starts_again_with_stage_two(
+    results: Path, monkeypatch: pytest.MonkeyPatch, resumed_before: int | None
+) -> None:
+    """Tumors count from there on: an average, and a best one, of organs alone would keep checkpoint_best in stage I."""
+    organs_alone, both = (0.8, 0.8, 0.8, 0.0, 0.0), (0.5, 0.5, 0.5, 0.1, 0.1)
+    dice = [organs_alone, (0.7, 0.7, 0.7, 0.0, 0.0), both, (0.6, 0.6, 0.6, 0.1, 0.1), (0.1,) * 5]
+    zeros = {term: np.array(0.0) for term in ("loss", *TERMS)}
+    trainer, best = resumable(0, monkeypatch), []
+    for epoch in range(5):
+        if epoch == resumed_before:
+            folder = trainer.output_folder
+            trainer = resumable(1, monkeypatch)
+            trainer.load_checkpoint(str(Path(folder) / "checkpoint_latest.pth"))
+        monkeypatch.setattr(trainer, "train_step", lambda batch: zeros)
+        monkeypatch.setattr(trainer, "validation_step", lambda batch, of=dice[epoch]: count(of))
+        run_epoch(trainer, {})
+        checkpoint = torch.load(Path(trainer.output_folder) / "checkpoint_best.pth", weights_only=False)
+        best.append(checkpoint["current_epoch"] - 1)
+    logged = trainer.logger.local_logger.my_fantastic_logging
+    assert logged["mean_fg_dice"] == pytest.approx([0.8, 0.7, 0.34, 0.4, 0.1])
+    ema = [0.8, 0.79, 0.34, 0.9 * 0.34 + 0.1 * 0.4, 0.9 * (0.9 * 0.34 + 0.1 * 0.4) + 0.1 * 0.1]
+    assert logged["ema_fg_dice"] == pytest.approx(ema)
+    assert best == [0, 0, 2, 3, 3]

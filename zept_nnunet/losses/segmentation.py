@@ -40,7 +40,7 @@ class AnnotatedDiceBCE(nn.Module):
         """Mean of the BCE over the annotated (case, class) pairs, and of 1 − Dice over those of them that show the
         class (with `batch_dice`, that show it in any case of the batch); 0 where there is none.
 
-        BCE is the mean over all valid voxels of the cases that annotate the class, as in nnU-Net.
+        The BCE of a class is the mean over all valid voxels of the cases that annotate it, as in nnU-Net.
 
         logits (B, N, *), target bool (B, N, *), is_annotated bool (B, N) on any device,
         is_valid bool (B, 1, *) or None: False where the label is "ignore". weight (B, N, *) or None: how much a voxel
@@ -69,7 +69,13 @@ class AnnotatedDiceBCE(nn.Module):
             if weight is not None and valid is not None and not everything:
                 valid = valid[:, members]
             bce = F.binary_cross_entropy_with_logits(z, y.to(z.dtype), reduction="none")
-            bce = bce.mean() if valid is None else (bce * valid).sum() / valid.expand_as(bce).sum().clamp_min(1)
+            if valid is None:
+                bce = bce.mean()
+            elif weight is None:
+                bce = (bce * valid).sum() / valid.expand_as(bce).sum().clamp_min(1)
+            else:  # class by class: how much one weighs must not depend on which others the same cases annotate
+                axes = [0, *range(2, bce.ndim)]
+                bce = ((bce * valid).sum(axes) / valid.sum(axes).clamp_min(1)).mean()
             bces = bces + bce * (len(members) * len(cases))
             dice, number = self._dice(z, y, valid)
             dices, shown = dices + dice, shown + number

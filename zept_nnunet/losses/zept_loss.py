@@ -44,7 +44,7 @@ class ZePTLoss(nn.Module):
         self.positives = query_positives(network.hosts, network.num_organs)
         self.num_organs = network.num_organs
         self.with_query = [organ for (organ,) in network.anomaly_hosts]  # for abnormal tissue
-        hosts = network.hosts
+        self.hosts = hosts = network.hosts
         self.tumors_of = [
             [k for k, organs in enumerate(hosts) if organ in organs or not organs] for organ in range(self.num_organs)
         ]
@@ -61,7 +61,8 @@ class ZePTLoss(nn.Module):
         hidden: a tumor whose own map counts nothing in this batch; to its hosts it is abnormal tissue all the same.
         """
         organs, tumors = is_annotated[:, : self.num_organs], is_annotated[:, self.num_organs :]
-        labeled = self._labels_tumors(tumors)
+        tells_whose = self._tells_whose(organs, tumors)
+        labeled = (self._labels_tumors(organs, tumors) & tells_whose).cpu()
         tells_healthy = organs & self._labels_all_tumors(tumors)
         if hidden is not None:
             tumors = tumors.clone()
@@ -72,7 +73,7 @@ class ZePTLoss(nn.Module):
         scale_weights = [0.5**s for s in range(len(output.support))]
         for s, weight in enumerate(scale_weights):
             share, target = weight / sum(scale_weights), targets[s]
-            pairs = {"organ_support": (output.support[s], target.support, organs)}
+            pairs = {"organ_support": (output.support[s], target.support, organs & tells_whose)}
             if self.is_calibrated:
                 pairs["organ_healthy"] = (output.healthy[s], target.healthy, tells_healthy)
             if output.tumor:
@@ -103,17 +104,31 @@ class ZePTLoss(nn.Module):
             weight = 1 - (1 - self.unlabeled_host_weight) * is_open.float()
         return self.segmentation(logits, wanted, labeled[:, organs], target.is_valid, weight)
 
-    def _labels_tumors(self, tumors: Tensor) -> Tensor:
-        """Organs whose abnormal voxels a case labels, bool (B, Q): it holds synthetic ones, or its tumors are labeled.
+    def _labels_tumors(self, organs: Tensor, tumors: Tensor) -> Tensor:
+        """Organs whose abnormal voxels a case labels, bool (B, Q): its tumors are labeled, or nobody labels any and the
+        organ is labeled, so that it holds synthetic ones.
 
-        tumors bool (B, U): annotated.
+        organs bool (B, Q), tumors bool (B, U): annotated.
         """
-        labels = torch.zeros(tumors.shape[0], self.num_organs, dtype=torch.bool)
-        labels[:, self.hold_anomalies] = True
+        labels = torch.zeros_like(organs)
+        labels[:, self.hold_anomalies] = organs[:, self.hold_anomalies]
         for organ, its in enumerate(self.tumors_of):
             if its:
-                labels[:, organ] = tumors.cpu()[:, its].all(1)
+                labels[:, organ] = tumors[:, its].all(1)
         return labels
+
+    def _tells_whose(self, organs: Tensor, tumors: Tensor) -> Tensor:
+        """Organs of which no labeled tumor may lie in another organ that the case does not label, bool (B, Q).
+
+        Targets give such a tumor to the nearest labeled one of its hosts, or to the first: of a case that labels kidney
+        tumors and no kidney, that would be the same kidney for all of them.
+        """
+        tells = torch.ones_like(organs)
+        for k, hosts in enumerate(self.hosts):
+            if len(hosts) > 1:
+                is_open = tumors[:, k] & ~organs[:, list(hosts)].all(1)
+                tells[:, list(hosts)] &= ~is_open[:, None]
+        return tells
 
     def _labels_all_tumors(self, tumors: Tensor) -> Tensor:
         """Organs without a tumor that training knows and the case does not label, bool (B, Q).

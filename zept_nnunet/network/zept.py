@@ -47,9 +47,10 @@ def inside_hosts(support: Tensor, unlike: Tensor, hosts: Sequence[Sequence[int]]
     """Σ_h σ(u_h)·unlike_h over the hosts of each tumor, (B, *), None without hosts; no gradient to `support`.
 
     Not the log-odds of a conjunction: the tumor's map is gated by its hosts' support already, and where that support is
-    weak, as at a lesion on the organ's surface, two gates would hide what one lets through.
+    weak, as at a lesion on the organ's surface, two gates would hide what one lets through. In float32: float16 cannot
+    hold the sum of many hosts.
     """
-    inside = support.detach().sigmoid().to(unlike.dtype)
+    inside = support.detach().float().sigmoid()
     return [(inside[:, list(h)] * unlike[:, list(h)]).sum(1) if h else None for h in hosts]
 
 
@@ -144,6 +145,10 @@ class ZePT(nn.Module):
         vectors = torch.from_numpy(bank.matrix(block["anomalies"]))
         self.register_buffer("knowledge_anomalies", vectors, persistent=False)
         self.added = {k for k, tumor in enumerate(taxonomy.tumors) if tumor.added and self.hosts[k]}
+        # The authors lower the map of an organ by the score where it has a tumor. One that was added counts for nothing
+        # there, or adding it would change its host's map.
+        in_training = [h for h, t in zip(self.hosts, taxonomy.tumors, strict=True) if not t.added]
+        self.lowered = sorted({organ for h in (*in_training, *self.anomaly_hosts) for organ in h})
         added = [False] * self.num_organs + [t.added for t in taxonomy.tumors]
         self._is_added = added + [True] * len(self.anomaly_hosts)
         for name, flags in (("", added), ("_training", self._is_added)):
@@ -414,11 +419,10 @@ class ZePT(nn.Module):
             return a, healthy
         if not self.is_calibrated:
             score = self._score(support, healthy)
-            owners = sorted({organ for h in hosts for organ in h})
-            owns = torch.zeros(self.num_organs, device=a.device, dtype=a.dtype).index_fill(
-                0, torch.tensor(owners, device=a.device, dtype=torch.long), 1
+            is_lowered = torch.zeros(self.num_organs, device=a.device, dtype=a.dtype).index_fill(
+                0, torch.tensor(self.lowered, device=a.device, dtype=torch.long), 1
             )
-            return a + score, healthy - score * owns.view(1, -1, *[1] * (a.ndim - 2))
+            return a + score, healthy - score * is_lowered.view(1, -1, *[1] * (a.ndim - 2))
         hints: list[tuple[Tensor, Sequence[Tensor | None]]] = []
         if self.score_weight is not None:
             score = self._score(support, healthy)
