@@ -52,7 +52,7 @@ ARROWS = (
     ("tumor maps", "gate", "", 0.0),
     ("organ maps", "output", "healthy h", -0.2),
     ("gate", "output", "", 0.15),
-    ("advanced", "alignment", "", 0.0),
+    ("tumor maps", "alignment", "where", 0.0),
 )
 
 

@@ -35,24 +35,41 @@ def published_alignment(embedding: Array, knowledge: Array, hosts: Hosts, num_or
     return total
 
 
-def query_to_knowledge(embedding: Array, knowledge: Array, temperature: float) -> float:
-    """Mean over queries of −log p(own description), by cosine similarity to all: (N, E), (M, E)."""
+def query_to_knowledge(embeddings: Array, knowledge: Array, temperature: float, shown: list[list[int]]) -> float:
+    """Mean over the classes that each case shows of −log p(own description), by cosine similarity to all.
+
+    embeddings (B, N, E), knowledge (M, E).
+    """
     terms = []
-    for i, e in enumerate(embedding):
-        terms.append(-log_softmax(np.array([cosine(e, k) for k in knowledge]) / temperature)[i])
+    for embedding, there in zip(embeddings, shown, strict=True):
+        for i in there:
+            log_p = log_softmax(np.array([cosine(embedding[i], k) for k in knowledge]) / temperature)
+            terms.append(-log_p[i])
     return float(np.mean(terms)) if terms else 0.0
 
 
-def query_to_query(embedding: Array, hosts: Hosts, num_organs: int, temperature: float) -> float:
-    """Mean over queries of −log p(related ones) among all others; one without relatives is left out."""
+def query_to_query(
+    embeddings: Array, hosts: Hosts, num_organs: int, temperature: float, shown: list[list[int]]
+) -> float:
+    """Mean over the same queries of −log p(related ones) among the others shown; without relatives one is left out."""
     terms = []
-    for i, e in enumerate(embedding):
-        others = [j for j in range(len(embedding)) if j != i]
-        log_p = log_softmax(np.array([cosine(e, embedding[j]) for j in others]) / temperature)
-        related = [relation(i, j, hosts, num_organs) for j in others]
-        if sum(related):
-            terms.append(-sum(share * z for share, z in zip(related, log_p, strict=True)) / sum(related))
+    for embedding, there in zip(embeddings, shown, strict=True):
+        for i in there:
+            others = [j for j in there if j != i]
+            related = [relation(i, j, hosts, num_organs) for j in others]
+            if sum(related):
+                log_p = log_softmax(np.array([cosine(embedding[i], embedding[j]) for j in others]) / temperature)
+                terms.append(-sum(share * z for share, z in zip(related, log_p, strict=True)) / sum(related))
     return float(np.mean(terms)) if terms else 0.0
+
+
+def shown_classes(wanted: Wanted, annotated: set[str], hidden: str | None, taxonomy: Module, number: int) -> list[int]:
+    """Of the first `number` classes, those that a case labels and shows in a voxel that is not ignored."""
+    masks = [*wanted.support, *wanted.tumor]
+    names = [c.name for c in taxonomy.classes]
+    return [
+        i for i in range(number) if (masks[i] & wanted.is_valid).any() and names[i] in annotated and names[i] != hidden
+    ]
 
 
 def cosine(a: Array, b: Array) -> float:
@@ -205,8 +222,10 @@ def zept_loss(
     case the classes that it labels. hidden: a tumor whose own map counts nothing.
     """
     taxonomy, num_organs = network.taxonomy, len(network.taxonomy.organs)
-    of_cases = [told(names, taxonomy, anomalies) for names in annotated]
-    is_told = {kind: np.array([getattr(case, kind) for case in of_cases]) for kind in Told._fields}
+    is_told = {
+        kind: np.array([getattr(told(names, taxonomy, anomalies), kind) for names in annotated])
+        for kind in Told._fields
+    }
     if hidden is not None:
         is_told["tumor"][:, [t.name for t in taxonomy.tumors].index(hidden)] = False
     open_organs = [i for i, organ in enumerate(taxonomy.organs) if organ.label in anomalies]
@@ -230,10 +249,16 @@ def zept_loss(
     knowledge = np.concatenate((array(network.knowledge_organs), array(network.knowledge_tumors)))
     hosts, temperature = taxonomy.host_indices(), min(max(output["temperature"], 0.01), 1.0)
     embeddings = np.concatenate((output["organ_embedding"], output["tumor_embedding"]), 1)
-    to_query = [0.0]
+    to_query = 0.0
     if network.is_calibrated:
-        to_knowledge = [query_to_knowledge(e, knowledge, temperature) for e in embeddings]
-        to_query = [query_to_query(e, hosts, num_organs, temperature) for e in embeddings]
+        finest = [targets(label_map, taxonomy, anomalies) for label_map in label_maps[0]]
+        shown = [
+            shown_classes(case, labels, hidden, taxonomy, embeddings.shape[1])
+            for case, labels in zip(finest, annotated, strict=True)
+        ]
+        to_knowledge = query_to_knowledge(embeddings, knowledge, temperature, shown)
+        to_query = query_to_query(embeddings, hosts, num_organs, temperature, shown)
     else:
-        to_knowledge = [published_alignment(e, knowledge, hosts, num_organs, temperature) for e in embeddings]
-    return {**terms, "query_to_knowledge": float(np.mean(to_knowledge)), "query_to_query": float(np.mean(to_query))}
+        of_cases = [published_alignment(e, knowledge, hosts, num_organs, temperature) for e in embeddings]
+        to_knowledge = float(np.mean(of_cases))
+    return {**terms, "query_to_knowledge": to_knowledge, "query_to_query": to_query}

@@ -214,8 +214,12 @@ def tumor_maps(
     unlike: tuple[float, Array] | None = None,
     grid: Grid | None = None,
     floor: float | None = None,
+    added: frozenset[int] = frozenset(),
 ) -> Array:
     """Log-odds of σ(u)σ(a): u the hosts' support, a = ⟨LN(W t), F(v)⟩ + w₁ · clamped score + w₂ · Σ_h σ(u_h)·d_h.
+
+    Of those that were `added` the first of these is taken less its mean over the hosts, where there is a third, and d_h
+    counts in full.
 
     evidence (U, V), support (Q, V). score: its weight, and (Q, V), of which the hosts' union counts, or (V) for all;
     unlike: its weight and (Q, V). With the `grid` of the voxels u is the highest of a voxel and its neighbors.
@@ -225,6 +229,9 @@ def tumor_maps(
     for k, its in enumerate(hosts):
         if not its:
             continue  # anywhere in the body
+        if k in added and unlike is not None:
+            shares = [sigmoid(union([support[i, v] for i in its])) ** 2 for v in range(z.shape[1])]
+            z[k] -= sum(share * a for share, a in zip(shares, z[k], strict=True)) / (sum(shares) + 64)
         for v in range(z.shape[1]):
             if score is not None:
                 weight, maps = score
@@ -232,7 +239,7 @@ def tumor_maps(
                 z[k, v] += weight * min(max(hint, -SCORE_LIMIT), SCORE_LIMIT)
             if unlike is not None:
                 weight, deviates = unlike
-                z[k, v] += weight * sum(sigmoid(support[i, v]) * deviates[i, v] for i in its)
+                z[k, v] += weight * sum((k in added or sigmoid(support[i, v])) * deviates[i, v] for i in its)
             if floor is not None:
                 z[k, v] = less_certain(z[k, v], floor)
             z[k, v] = conjunction(union([gate[i, v] for i in its]), z[k, v])
@@ -553,14 +560,27 @@ def zept(
             relative = softplus(network.deviation_weight.item()), unlike
         grid = grids[scale] if network.gate_reaches_out else None
         floor = None if is_training else EVIDENCE_FLOOR
-        tumor.append(tumor_maps(evidence, support[scale], hosts, hint, relative, grid, floor))
+        added = frozenset(k for k, t in enumerate(taxonomy.tumors) if t.added)
+        tumor.append(tumor_maps(evidence, support[scale], hosts, hint, relative, grid, floor, added))
 
-    num_tumors = len(taxonomy.tumors)
-    embeddings = []
-    for final, given in ((organs, organs_given), (tumors[:num_tumors], tumors_given[:num_tumors])):
-        e = linear(network.to_knowledge, final - given if network.is_calibrated else final)
-        embeddings.append(e if network.is_calibrated else layer_norm(network.knowledge_norm, e))
+    num_tumors, finest = len(taxonomy.tumors), len(tokens) - 1
+    if network.is_calibrated:
+        maps = (support[finest], tumor[finest][:num_tumors])
+        embeddings = [embed_regions(network, tokens[finest], m) for m in maps]
+    else:
+        queries = (organs, tumors[:num_tumors])
+        embeddings = [layer_norm(network.knowledge_norm, linear(network.to_knowledge, q)) for q in queries]
     return Maps(support, healthy, tumor, score, deviation, embeddings[0], embeddings[1], prompts, organ_prompts)
+
+
+def embed_regions(network: Module, tokens: Array, maps: Array) -> Array:
+    """The mean token (V, D) where each map (N, V) says that its class is, in knowledge space: (N, E)."""
+    means = []
+    for z in maps:
+        shares = [sigmoid(logit) for logit in z]
+        total = sum(share * token for share, token in zip(shares, tokens, strict=True))
+        means.append(total / max(sum(shares), 1e-6))
+    return linear(network.to_knowledge, np.array(means).reshape(-1, tokens.shape[1]))
 
 
 def channels(

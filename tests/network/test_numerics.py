@@ -184,11 +184,12 @@ def test_alignment_is_float32_under_autocast(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     embedding, knowledge = torch.randn(1, 4, 384), torch.randn(4, 384)
     positives, temperature = query_positives(((0,), (1,)), 2), torch.tensor(0.01)
+    every = torch.ones(1, 4, dtype=torch.bool)
 
     def terms() -> list[float]:
         return [
-            query_to_knowledge(embedding, knowledge, temperature).item(),
-            query_to_query(embedding, positives, temperature).item(),
+            query_to_knowledge(embedding, knowledge, temperature, every).item(),
+            query_to_query(embedding, positives, temperature, every).item(),
             published_alignment(embedding, knowledge, positives, temperature).item(),
         ]
 
@@ -286,13 +287,13 @@ def test_logits_of_ten_thousand_through_loss_and_channels(dimensions: int, logit
 def test_alignment_is_the_one_at_the_bounds_beyond_them(temperature: float) -> None:
     torch.manual_seed(0)
     positives, knowledge = query_positives(((0,), (1, 2)), 3), F.normalize(torch.randn(5, 8), dim=-1)
-    bound = torch.tensor(0.01 if temperature < 0.1 else 1.0)
+    bound, every = torch.tensor(0.01 if temperature < 0.1 else 1.0), torch.ones(2, 5, dtype=torch.bool)
     for scale in (1e-20, 1.0, 1e4):
         embedding = (scale * torch.randn(2, 5, 8)).requires_grad_()
         tau = torch.tensor(temperature).requires_grad_()
         terms = (
-            partial(query_to_knowledge, embedding, knowledge),
-            partial(query_to_query, embedding, positives),
+            partial(query_to_knowledge, embedding, knowledge, is_shown=every),
+            partial(query_to_query, embedding, positives, is_shown=every),
             partial(published_alignment, embedding, knowledge, positives),
         )
         for term in terms:

@@ -38,7 +38,7 @@ NUM_SAMPLES = 1025
 
 _PROJECTED = 4  # channels of the projection of the finest features, in the models
 _THICK = 2.0  # an axis whose voxels are more than so many times the smallest is neither pooled nor smoothed
-_COARSE = 3.0  # mm; voxels beyond it are not pooled: a lesion of a few centimeters would be one or two of them
+_COARSE = 3.0  # mm; such voxels are not pooled: a lesion of a few centimeters would be one or two of them
 _INSIDE = 0.05  # share of a pooled voxel below which an organ is not in it: what lies there is neither norm nor deviant
 _LIMIT = 10.0  # |r| beyond it says no more; outside an organ r would be hundreds
 _MAD_TO_SD = 1.4826
@@ -328,7 +328,7 @@ def build_relative_head(
         image_channels,
         noise=noise,
         query_width=query_width,
-        pooling=tuple(1 if thick or s > _COARSE else 2 for thick, s in zip(is_thick, spacing, strict=True)),
+        pooling=tuple(1 if thick or s >= _COARSE else 2 for thick, s in zip(is_thick, spacing, strict=True)),
         smoothing=tuple(1 if thick else 3 for thick in is_thick),
     )
     return RelativeHead(features)
