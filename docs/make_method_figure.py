@@ -30,7 +30,7 @@ BOXES = {
     "tumor maps": (9.0, 2.2, 2.2, 0.9, "evidence a\nper tumor", ORANGE),
     "gate": (11.9, 2.2, 2.2, 0.9, "tumor maps\nσ(u)·σ(a)", ORANGE),
     "output": (14.6, 5.0, 1.7, 0.9, "nnU-Net's\nchannels", GRAY),
-    "alignment": (6.1, 0.3, 2.4, 0.8, "query–knowledge\nalignment", GREEN),
+    "alignment": (9.0, 0.3, 2.4, 0.8, "query–knowledge\nalignment", GREEN),
 }
 # from, to, text, bend
 ARROWS = (
@@ -52,7 +52,7 @@ ARROWS = (
     ("tumor maps", "gate", "", 0.0),
     ("organ maps", "output", "healthy h", -0.2),
     ("gate", "output", "", 0.15),
-    ("tumor maps", "alignment", "where", 0.0),
+    ("tumor maps", "alignment", "features where it is", 0.0),
 )
 
 
