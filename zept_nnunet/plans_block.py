@@ -248,11 +248,11 @@ def check_own_texts(
             "--description"
         )
     if trained:
-        repairs.append(f"{trained} were trained with theirs: restore them, or plan (zept plan -d ID) and train again")
+        repairs.append(f"to describe {trained} in other words: plan (zept plan -d ID) and train again")
     if stale:
         raise ZePTError(
             f"the descriptions of {stale} in {folder}/dataset.json (zept.knowledge) were edited, and their vectors in "
-            f"plans.json are still those of the old ones. Restore them; {'; '.join(repairs)}"
+            f"plans.json are still those of the old ones. Restore the descriptions; or, {'; '.join(repairs)}"
         )
 
 
