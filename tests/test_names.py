@@ -41,6 +41,13 @@ def test_normalize_name(name: str, wanted: str) -> None:
         "lymphoma",
         "enhancing tumor",
         "liver and spleen lesion",
+        "livertumor01",
+        "livercyst1",
+        "tumor2",
+        "liver mets",
+        "Klatskin",
+        "AML",
+        "FNH",
     ],
 )
 def test_tumor_names(name: str) -> None:
@@ -56,6 +63,11 @@ def test_tumor_names(name: str) -> None:
         "soma",
         "stomach",
         "hepatic vessel",
+        "portalvein1",
+        "metal",
+        "metastasectomie",
+        "stones",
+        "rkid",
         "portal vein and splenic vein",
         "kidney and tumor",
         "liver_with_tumor",
@@ -92,6 +104,10 @@ def test_organ_names(name: str) -> None:
         ("liver tumor", ["hepatic vessel", "liver"], ("liver",)),
         ("tumor", ["Vessel"], ()),
         ("liver tumor", [], ()),
+        ("AML", ["liver", "left kidney", "right kidney"], ("left kidney", "right kidney")),
+        ("hepatic AML", ["liver", "kidney"], ("liver",)),
+        ("oncocytoma", ["liver", "kidney"], ("kidney",)),
+        ("livertumor01", ["liver", "kidney"], ("liver",)),
     ],
 )
 def test_infer_hosts(tumor: str, organs: list[str], wanted: tuple[str, ...]) -> None:

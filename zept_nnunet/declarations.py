@@ -1,7 +1,8 @@
 """The `zept` block of a dataset.json: what a dataset says about its classes, checked. No torch.
 
     "zept": {"tumors": {name: {"hosts": [...]}}, "organs": [names], "unseen": {name: {"hosts": [...], "label": int}},
-             "knowledge": {name: text or {"like": name}}, "vectors": file, "annotated": {pattern: [names]}}
+             "knowledge": {name: text or {"like": name}}, "vectors": file, "annotated": {pattern: [names]},
+             "dataset": name of a public dataset, whose label names are then read as it means them}
 
 Every entry is optional. `hosts` may be empty: the whole body. Names are found whatever their case, `_` and `-`.
 """
@@ -18,7 +19,7 @@ from zept_nnunet.errors import ZePTError
 from zept_nnunet.labels import RESERVED, LabelSet, read_labels
 from zept_nnunet.names import infer_hosts, normalize_name
 
-_BLOCK_KEYS = ("tumors", "organs", "unseen", "knowledge", "vectors", "annotated")
+_BLOCK_KEYS = ("tumors", "organs", "unseen", "knowledge", "vectors", "annotated", "dataset")
 
 
 @dataclass(frozen=True)

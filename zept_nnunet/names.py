@@ -12,8 +12,10 @@ from collections.abc import Iterable
 
 _TUMOR_WORDS = frozenset(
     "tumor tumors neoplasm neoplasms neoplasia cancer cancers malignancy malignancies malignant lesion lesions cyst "
-    "cysts kyst kysts nodule nodules mass masses metastasis metastases metastatic mets polyp polyps gist hcc rcc pdac "
-    "ipmn nsclc sclc edema oedema necrosis necrotic".split()
+    "cysts kyst kysts nodule nodules mass masses metastasis metastases metastatic mets polyp polyps gist hcc rcc "
+    "pdac ipmn nsclc sclc edema oedema necrosis necrotic abscess abscesses carcinoid carcinoids carcinomatosis "
+    "desmoid dermoid fibroid fibroids lymphadenopathy adenopathy mucocele hyperplasia fibromatosis "
+    "lymphangiomatosis klatskin aml fnh ccrcc prcc chrcc icca pcca dcca utuc pnet pannet sbnet gbm".split()
 )
 _GENERIC = frozenset(
     "tumor tumors neoplasm neoplasms cancer cancers lesion lesions mass masses cyst cysts nodule nodules metastasis "
@@ -21,13 +23,14 @@ _GENERIC = frozenset(
 )
 _OMA = re.compile(r"^[a-z]{2,}omas?$|^[a-z]{2,}omata$")  # adenoma, carcinomas, hepatoblastoma
 _GLUED = re.compile(r"^([a-z]{3,})(tumors?|cysts?|kysts?|cancers?|lesions?|nodules?)$")
+_NUMBERED = re.compile(r"^([a-z]{3,})0*([0-9]+)$")  # "livertumor01", but "L1" and "T12" are names
 _GLUED_SIDE = re.compile(r"^(?:(left|right)([a-z]{4,})|([a-z]{4,})(left|right))$")
 _NOT_OMA = frozenset("stoma stomas stroma soma somas coma trachoma glaucoma".split())
 
 _ANATOMY = {  # word → the anatomical words that it stands for
-    **dict.fromkeys("hepatic livers hepatocellular hepatoblastoma hcc".split(), ("liver",)),
-    **dict.fromkeys("renal kidneys nephric rcc nephroblastoma".split(), ("kidney",)),
-    **dict.fromkeys("pancreatic pdac ipmn".split(), ("pancreas",)),
+    **dict.fromkeys("hepatic livers hepatocellular hepatoblastoma hcc icca".split(), ("liver",)),
+    **dict.fromkeys("renal kidneys nephric rcc ccrcc prcc chrcc nephroblastoma".split(), ("kidney",)),
+    **dict.fromkeys("pancreatic pdac ipmn pnet pannet".split(), ("pancreas",)),
     **dict.fromkeys("splenic spleens".split(), ("spleen",)),
     **dict.fromkeys("pulmonary lungs nsclc sclc bronchial bronchogenic".split(), ("lung",)),
     **dict.fromkeys("colonic".split(), ("colon",)),
@@ -43,7 +46,7 @@ _ANATOMY = {  # word → the anatomical words that it stands for
     **dict.fromkeys("ovarian ovaries".split(), ("ovary",)),
     **dict.fromkeys("cervical".split(), ("cervix",)),
     **dict.fromkeys("thyroidal".split(), ("thyroid",)),
-    **dict.fromkeys("cerebral glioma glioblastoma meningioma".split(), ("brain",)),
+    **dict.fromkeys("cerebral glioma glioblastoma gbm meningioma".split(), ("brain",)),
     **dict.fromkeys("cardiac".split(), ("heart",)),
     **dict.fromkeys("mammary breasts".split(), ("breast",)),
     **dict.fromkeys("osseous bony bones".split(), ("bone",)),
@@ -51,6 +54,10 @@ _ANATOMY = {  # word → the anatomical words that it stands for
     **dict.fromkeys("ribs costal".split(), ("rib",)),
     **dict.fromkeys("bowels intestine intestines intestinal".split(), ("bowel",)),
     **dict.fromkeys("nodes nodal".split(), ("node",)),
+}
+_USUAL_ANATOMY = {  # tumors → where they sit unless the name says otherwise, as "hepatic AML" does
+    **dict.fromkeys("aml angiomyolipoma oncocytoma".split(), "kidney"),
+    **dict.fromkeys("klatskin fnh".split(), "liver"),
 }
 _KNOWN_ANATOMY = frozenset(word for words in _ANATOMY.values() for word in words) | frozenset(
     "gallbladder jejunum ileum appendix trachea larynx pharynx testis penis vagina eye tongue tonsil skin muscle "
@@ -90,12 +97,18 @@ def infer_hosts(tumor_name: str, organ_names: Iterable[str]) -> tuple[str, ...]:
     organ, or its lobes, count as one. Vessels are not taken for hosts.
     """
     organs = [o for o in organ_names if not _VESSELS & set(_words(o))]
-    words = _anatomy(tumor_name)
-    matches = tuple(o for o in organs if _anatomy(o) and _anatomy(o) <= words and _agree(tumor_name, o))
-    if matches or words & _KNOWN_ANATOMY:
+    matches = organs_named(tumor_name, organs)
+    if matches or _anatomy(tumor_name) & _KNOWN_ANATOMY:
         return matches
     kinds = {frozenset(_anatomy(o)) for o in organs}
     return tuple(organs) if len(organs) == 1 or (len(kinds) == 1 and all(kinds)) else ()
+
+
+def organs_named(name: str, organ_names: Iterable[str]) -> tuple[str, ...]:
+    """The organs, vessels aside, whose anatomy stands in the name: of "kidney" both kidneys."""
+    words = _anatomy(name)
+    organs = (o for o in organ_names if not _VESSELS & set(_words(o)))
+    return tuple(o for o in organs if _anatomy(o) and _anatomy(o) <= words and _agree(name, o))
 
 
 def is_lateral(name: str) -> bool:
@@ -142,8 +155,18 @@ def kind_of_tumor(name: str) -> str:
 
 def is_generic_tumor(name: str) -> bool:
     """Whether the name holds nothing but words for a tumor ("cancer", "Tumour"): it says neither where nor which."""
-    words = _words(name)
+    words = [w for w in _words(name) if not w.isdigit()]
     return bool(words) and all(w in _GENERIC for w in words)
+
+
+def has_number(name: str) -> bool:
+    """Whether a number is a word of the name, or ends one: "tumor 2", "livertumor01"."""
+    return any(w.isdigit() for w in _words(name))
+
+
+def key_without_number(name: str) -> tuple[str, ...]:
+    """`name_key` of the name without its numbers: that of "livertumor01" is that of "liver tumor"."""
+    return tuple(w for w in name_key(name) if not w.isdigit())
 
 
 def _singular(word: str) -> str:
@@ -152,8 +175,12 @@ def _singular(word: str) -> str:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name. Tumor words at the end of another and sides are words of their own: "leftlivertumor"."""
-    words = re.findall(r"[^\W_]+", normalize_name(name).replace("gall bladder", "gallbladder"))
+    """The words of a name. Tumor words at the end of another, sides and numbers are words of their own.
+
+    "leftlivertumor01" holds "left", "liver", "tumor" and "1".
+    """
+    found = re.findall(r"[^\W_]+", normalize_name(name).replace("gall bladder", "gallbladder"))
+    words = (word for numbered in found for word in _NUMBERED.sub(r"\1 \2", numbered).split())
     parts = (part for word in words for part in _GLUED.sub(r"\1 \2", word).split())
     return [piece for part in parts for piece in _GLUED_SIDE.sub(r"\1\3 \2\4", part).split()]
 
@@ -170,7 +197,7 @@ def _anatomy(name: str) -> set[str]:
             found.update(_ANATOMY[word])
         elif not (word in _SIDES or word in _LEVELS or word in _PARTS or _has_tumor_word(word) or word.isdigit()):
             found.add(word)
-    return found
+    return found or {_USUAL_ANATOMY[word] for word in _words(name) if word in _USUAL_ANATOMY}
 
 
 def _agree(a: str, b: str) -> bool:

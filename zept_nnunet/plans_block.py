@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import date
 from typing import Any
 
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge import Description, KnowledgeBank, KnowledgeSource, built_in
+from zept_nnunet.knowledge.bank import PlannedText, planned_texts
+from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.knowledge.dataset import class_texts, declared_source
-from zept_nnunet.knowledge.texts import describe_abnormal, describe_tumor, refuse_twin
+from zept_nnunet.knowledge.texts import describe_abnormal, describe_organ, describe_tumor, refuse_twin
 from zept_nnunet.knowledge.vectors import text_key
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy
@@ -58,7 +60,7 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
 _TRAINING = {
     "alignment": True,  # of queries with knowledge; without it those two terms count nothing
     "hiding_probability": 0.0,  # of a batch in which one labeled tumor type is treated as if it had no query
-    "descriptions": "own",  # or "shuffled", a control: organs, and tumors, exchange theirs among each other
+    "descriptions": "own",  # or "shuffled", a control: organs, and tumors, get those of others
     "learning_rate": 1e-3,  # of AdamW, at the start of nnU-Net's polynomial schedule
     "warmup_iterations": 0,  # over which the learning rate rises from zero
     "weight_decay": 1e-2,  # none on norms, biases and tokens
@@ -99,7 +101,15 @@ def build_block(
     """
     decoder, training, anomalies = own_parts(dataset_json, variant, source, settings)
     texts = model_texts(dataset_json, training, anomalies, source)
-    bank = KnowledgeBank.build(texts, declared_source(dataset_json, source))
+    knowledge = declared_source(dataset_json, source)
+    by_name = [name for name, d in texts.items() if not knowledge.reads_text(name, d)]
+    if training["descriptions"] == "shuffled" and by_name:
+        raise ZePTError(
+            f"{source}: 'descriptions: shuffled' exchanges texts, but the vectors of {by_name} in the file of "
+            "zept.vectors belong to the classes' names; exchange the tensors in that file, or use one of "
+            "`zept knowledge encode`"
+        )
+    bank = KnowledgeBank.build(texts, knowledge)
     return {
         "version": VERSION,
         "taxonomy": Taxonomy.from_dataset_json(dict(dataset_json), source).to_dict(),
@@ -145,30 +155,116 @@ def model_texts(
         ZePTError: as `class_texts`.
     """
     texts = class_texts(dataset_json, source, with_unseen=False)
-    texts |= {name: describe_abnormal(organ) for name, organ in anomalies.items()}
-    if training["descriptions"] == "shuffled":
-        taxonomy = Taxonomy.from_dataset_json(dict(dataset_json), source)
-        groups = [[o.name for o in taxonomy.organs], [t.name for t in taxonomy.tumors], list(anomalies)]
-        others = {name: group[i - 1] for group in groups for i, name in enumerate(group)}
-        texts = {name: texts[other] for name, other in others.items()}
-    return texts
+    taxonomy = Taxonomy.from_dataset_json(dict(dataset_json), source)
+    texts |= {name: describe_abnormal(taxonomy.reading(organ)) for name, organ in anomalies.items()}
+    return _shuffled(texts, taxonomy, anomalies) if training["descriptions"] == "shuffled" else texts
 
 
-def check_planned_texts(planned: Mapping[str, Any], dataset_json: Mapping[str, Any], plans_file: str) -> None:
-    """Raise where a description in dataset.json was edited since the plans were made. Nothing is encoded for it.
+def _shuffled(
+    texts: Mapping[str, Description], taxonomy: Taxonomy, anomalies: Mapping[str, str]
+) -> dict[str, Description]:
+    """Organs, tumors and queries for abnormal tissue with the texts of others of their kind.
+
+    Where no other is left, as in a group of one, it is a built-in text that nothing in the dataset has.
+    """
+    used = {d.text for d in texts.values()}
+    organs = [describe_organ(e.name) for e in catalog() if e.kind == "organ"]
+    borrowed = [
+        organs,
+        [describe_tumor(e.name) for e in catalog() if e.kind == "tumor"],
+        [describe_abnormal(e.name) for e in catalog() if e.kind == "organ"],
+    ]
+    groups = [[o.name for o in taxonomy.organs], [t.name for t in taxonomy.tumors], list(anomalies)]
+    found: dict[str, Description] = {}
+    for group, further in zip(groups, borrowed, strict=True):
+        spare = (d for d in further if d.text not in used)
+        for i, name in enumerate(group):
+            other = texts[group[i - 1]]
+            found[name] = other if other.text != texts[name].text else next(spare)
+    return found
+
+
+def check_planned_texts(
+    planned: Mapping[str, Any], dataset_json: Mapping[str, Any], plans_file: str, remedy: str = "zept plan -d ID"
+) -> None:
+    """Raise where a class's description was edited since the plans were made. Nothing is encoded for it.
+
+    Plans by an earlier version say this only of the descriptions that the user wrote.
+
+    Args:
+        remedy: the command that makes the vectors again.
 
     Raises:
-        ZePTError: names the classes.
+        ZePTError: names the classes, and whose descriptions were edited: the user's or the package's.
     """
-    texts = model_texts(dataset_json, planned["training"], planned["anomalies"], "dataset.json")
-    now = {name: text_key(d.text) for name, d in texts.items() if d.is_own}
-    then = planned["knowledge"].get("own_texts", {})
-    edited = sorted(n for n in now.keys() | then.keys() if now.get(n) != then.get(n))
+    now = model_texts(dataset_json, planned["training"], planned["anomalies"], "dataset.json")
+    then = planned_texts(planned["knowledge"])
+    stale = {n for n, text in then.items() if n in now and text.key != text_key(now[n].text)}
+    stale |= {n for n, d in now.items() if n not in then and d.is_own}
+    own = sorted(n for n in stale if now[n].is_own or (n in then and then[n].origin == "own"))
+    edited = [f"the descriptions of {own} in dataset.json"] if own else []
+    if stale - set(own):
+        edited.append(f"the package's descriptions of {sorted(stale - set(own))}")
     if edited:
         raise ZePTError(
-            f"the descriptions of {edited} in dataset.json are others than {plans_file} was planned with: plan again "
-            "(zept plan -d ID), or restore them"
+            f"{' and '.join(edited)} are others than {plans_file} was planned with: plan again ({remedy}), or restore "
+            "them"
         )
+
+
+def check_own_texts(
+    block: Mapping[str, Any], dataset_json: Mapping[str, Any], folder: str, without: Collection[str] = ()
+) -> None:
+    """Raise where a model's own dataset.json holds a description that its vector was not made from.
+
+    What the package says of a class does not matter: a trained model's vectors are what it was trained with, and an
+    upgrade must not end it.
+
+    Args:
+        without: added tumors that are about to be removed.
+
+    Raises:
+        ZePTError: names the classes, and the commands that repair it.
+    """
+    if block["training"]["descriptions"] == "shuffled":  # a control: no class has its own text
+        return
+    taxonomy = Taxonomy.from_dict(block["taxonomy"])
+    then = planned_texts(block["knowledge"])
+    given = (dataset_json.get("zept") or {}).get("knowledge") or {}
+    now = {normalize_name(name): text for name, text in given.items()}
+    skipped = set(map(normalize_name, without))
+    stale = [
+        c.name
+        for c in taxonomy.classes
+        if normalize_name(c.name) not in skipped and not _fits(now.get(normalize_name(c.name)), then.get(c.name))
+    ]
+    added = [t.name for t in taxonomy.tumors if t.added and t.name in stale]
+    trained = [name for name in stale if name not in added]
+    repairs = []
+    if added:
+        names = " ".join(f"--name {name!r}" for name in added)
+        repairs.append(
+            f"to describe {added} in other words: zept remove-tumor {folder} {names}, then zept add-tumor with "
+            "--description"
+        )
+    if trained:
+        repairs.append(f"to describe {trained} in other words: plan (zept plan -d ID) and train again")
+    if stale:
+        raise ZePTError(
+            f"the descriptions of {stale} in {folder}/dataset.json (zept.knowledge) were edited, and their vectors in "
+            f"plans.json are still those of the old ones. Restore the descriptions; or, {'; '.join(repairs)}"
+        )
+
+
+def _fits(given: Any, planned: PlannedText | None) -> bool:
+    """Whether an entry of `zept.knowledge`, or its absence, is what a class's vector was made from."""
+    if given is None:
+        return planned is None or not (planned.origin == "own" or planned.origin.startswith("like ("))
+    if isinstance(given, Mapping):
+        # its text is the package's, and may have changed: only the name counts. Earlier versions did not keep it
+        entry = catalog().find(str(given.get("like", "")))
+        return planned is None or planned.origin == "own" or entry is None or planned.origin == f"like ({entry.name})"
+    return planned is not None and planned.key == text_key(str(given))
 
 
 def unlabeled_organs(taxonomy: Taxonomy) -> tuple[str, ...]:
@@ -276,7 +372,7 @@ def add_tumor_to_block(
     name: str,
     hosts: tuple[str, ...],
     label: int,
-    description: str | None = None,
+    description: str | Description | None = None,
     source: KnowledgeSource | None = None,
 ) -> dict[str, Any]:
     """A copy of `block` with one more tumor, marked as added after training.
@@ -333,8 +429,10 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """What differs between two blocks, in words: taxonomy, settings, knowledge, queries for abnormal tissue."""
     found = [part for part in ("taxonomy", "decoder", "training") if a[part] != b[part]]
     anomalies = [block.get("anomalies", {}) for block in (a, b)]
+    # texts are compared by their vectors: plans of earlier versions hold no keys
     knowledge = [
-        {**block["knowledge"], "vectors": {n: v for n, v in block["knowledge"]["vectors"].items() if n not in names}}
+        {key: block["knowledge"][key] for key in ("encoder", "revision", "width")}
+        | {"vectors": {n: v for n, v in block["knowledge"]["vectors"].items() if n not in names}}
         for block, names in zip((a, b), anomalies, strict=True)
     ]
     if json.dumps(knowledge[0], sort_keys=True) != json.dumps(knowledge[1], sort_keys=True):

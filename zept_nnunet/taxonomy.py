@@ -27,6 +27,7 @@ from zept_nnunet.declarations import (
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.labels import RESERVED, LabelSet, read_labels
 from zept_nnunet.names import infer_hosts, infer_is_tumor, is_lateral, normalize_name
+from zept_nnunet.public_datasets import label_readings
 
 __all__ = [
     "Organ",
@@ -70,12 +71,15 @@ class Taxonomy:
     has_regions: bool
     ignore_label: int | None
     declared: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # named by the zept block
+    # of a public dataset: label names, normalized, and what they mean there
+    readings: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_dataset_json(cls, dataset_json: dict[str, Any], source: str = "dataset.json") -> Taxonomy:
         """Read the taxonomy, and check the whole `zept` block.
 
-        A tumor in a dataset without any organ has the whole body as its host; a Python warning says so.
+        A tumor in a dataset without any organ has the whole body as its host, and so has one of a public dataset that
+        labels others than the tumor's hosts; a Python warning says so.
 
         Raises:
             ZePTError: the labels are not as nnU-Net wants them; a host cannot be determined or is no organ; the `zept`
@@ -88,8 +92,9 @@ class Taxonomy:
         annotated_patterns(dataset_json, source)
         homeless = [t.name for t in taxonomy.tumors if not t.hosts and t.name not in taxonomy.declared]
         if homeless:
+            what = "no organ that hosts them" if taxonomy.organs else "no organ"
             warnings.warn(
-                f"{source} labels no organ: the whole body is taken as the host of {homeless}. Label the organ, or say "
+                f"{source} labels {what}: the whole body is taken as the host of {homeless}. Label the organ, or say "
                 "that this is meant: 'zept': {'tumors': {NAME: {'hosts': []}}}",
                 stacklevel=2,
             )
@@ -109,6 +114,10 @@ class Taxonomy:
     def is_lateral(self) -> bool:
         """Whether a class name holds a side, so that mirroring left and right would swap classes."""
         return any(is_lateral(c.name) for c in self.classes)
+
+    def reading(self, name: str) -> str:
+        """What a class name means: of "cancer" in MSD Lung "lung tumor"; most names mean themselves."""
+        return self.readings.get(normalize_name(name), name)
 
     @property
     def next_label(self) -> int:
@@ -238,6 +247,10 @@ def declared_unseen(dataset_json: dict[str, Any], source: str = "dataset.json") 
 def _read(dataset_json: Mapping[str, Any], labels: LabelSet, source: str) -> Taxonomy:
     """Organs, tumors, hosts and channels."""
     tumors, organs = declared_roles(dataset_json, labels, source)
+    readings = label_readings(dataset_json, source)
+
+    def read(name: str) -> str:
+        return readings.get(normalize_name(name), name)
 
     def declaration(value: int) -> tuple[bool, dict[str, Any]] | None:
         """(is tumor, settings) where the block names the class, or a region that makes it a tumor."""
@@ -250,8 +263,11 @@ def _read(dataset_json: Mapping[str, Any], labels: LabelSet, source: str) -> Tax
         return None
 
     declarations = {v: declaration(v) for v in labels.atoms}
-    is_tumor = {v: d[0] if d is not None else infer_is_tumor(labels.regions_of(v)[0]) for v, d in declarations.items()}
+    is_tumor = {
+        v: d[0] if d is not None else infer_is_tumor(read(labels.regions_of(v)[0])) for v, d in declarations.items()
+    }
     organ_names = {v: name for v, name in labels.atoms.items() if not is_tumor[v]}
+    read_organs = {read(name): name for name in organ_names.values()}
     found_tumors = []
     for value in (v for v in labels.atoms if is_tumor[v]):
         settings = (declarations[value] or (True, {}))[1]
@@ -259,9 +275,9 @@ def _read(dataset_json: Mapping[str, Any], labels: LabelSet, source: str) -> Tax
         if "hosts" in settings:
             hosts = declared_hosts(settings["hosts"], labels, organ_names, f"{source}, zept.tumors[{name!r}].hosts")
         else:
-            hosts = infer_hosts(name, organ_names.values())
+            hosts = tuple(read_organs[o] for o in infer_hosts(read(name), read_organs))
             hosts = hosts or _enclosing_organs(value, labels, organ_names, organs, set(tumors))
-            if not hosts and organ_names:
+            if not hosts and organ_names and normalize_name(name) not in readings:
                 raise undetermined_host(name, "tumors", organ_names.values(), source)
         found_tumors.append(Tumor(name, value, hosts))
     return Taxonomy(
@@ -271,6 +287,7 @@ def _read(dataset_json: Mapping[str, Any], labels: LabelSet, source: str) -> Tax
         labels.has_regions,
         labels.ignore_label,
         frozenset(labels.atoms[v] for v, d in declarations.items() if d is not None),
+        readings,
     )
 
 

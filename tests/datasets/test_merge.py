@@ -104,6 +104,22 @@ def test_labels_are_matched_by_meaning_and_what_each_case_labels_is_told(raw: Pa
         assert np.array_equal(sitk.GetArrayFromImage(after), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:.*the whole body:UserWarning")
+def test_labels_of_public_datasets_are_matched_by_what_they_mean_there(raw: Path) -> None:
+    make(raw, "Dataset101_Organs", {"background": 0, "liver": 1, "lungs": 2})
+    make(
+        raw,
+        "Dataset102_HepaticVessel",
+        {"background": 0, "Vessel": 1, "Tumour": 2},
+        zept={"dataset": "MSD Task08 HepaticVessel"},
+    )
+    make(raw, "Dataset103_Lung", {"background": 0, "cancer": 1}, zept={"dataset": "MSD Task06 Lung"})
+    assert merge() == 0
+    taxonomy = Taxonomy.from_dataset_json(merged(raw)[1])
+    assert {o.name for o in taxonomy.organs} == {"liver", "lungs", "hepatic vessels"}
+    assert {t.name: t.hosts for t in taxonomy.tumors} == {"liver tumor": ("liver",), "lung tumor": ("lungs",)}
+
+
 def test_folds_are_stratified_by_source_and_keep_patients_together(raw: Path, tmp_path: Path) -> None:
     make(raw, "Dataset101_A", {"background": 0, "liver": 1}, cases=10)
     make(raw, "Dataset102_B", {"background": 0, "spleen": 1}, cases=5)

@@ -154,6 +154,28 @@ def test_a_declared_tumor_by_name_takes_its_declaration(tmp_path: Path) -> None:
     assert "unseen" not in read_json(added.folder / "dataset.json")["zept"]
 
 
+@pytest.mark.parametrize(
+    ("request_", "hosts", "said"),
+    [
+        (TumorRequest("insulinoma"), ("pancreas",), "pancreatic neuroendocrine tumor"),
+        (TumorRequest("odd growth", like="PDAC"), ("pancreas",), "pancreatic ductal adenocarcinoma"),
+        (TumorRequest("spleen growth", like="PDAC"), ("spleen",), None),  # what the name says goes before
+    ],
+)
+def test_hosts_that_the_description_knows(
+    model: Path, request_: TumorRequest, hosts: tuple[str, ...], said: str | None
+) -> None:
+    added = add_tumors(model, [request_])
+    assert added.tumors[0][2] == hosts
+    told = [note for note in added.notes if note.startswith("host of")]
+    assert len(told) == (said is not None) and all(str(said) in note and "--host" in note for note in told)
+
+
+def test_hosts_that_the_description_knows_and_the_model_lacks(model: Path) -> None:
+    with pytest.raises(ZePTError, match=r"'meningioma' says brain, and that is no organ of the model; give --host"):
+        add_tumors(model, [TumorRequest("growth", like="meningioma")])
+
+
 def test_a_tumor_can_be_added_to_a_model_that_has_an_added_one(model: Path) -> None:
     first = add_tumors(model, [PANCREAS])
     second = add_tumors(first.folder, [TumorRequest("pancreas cyst", ("pancreas",))])

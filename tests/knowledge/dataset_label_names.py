@@ -33,6 +33,7 @@ DATASETS: dict[str, list[str]] = {
     "BTCV": ["spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
              "inferior vena cava", "portal vein and splenic vein", "pancreas", "right adrenal gland",
              "left adrenal gland"],
+    "tables of papers on BTCV and FLARE22": "rkid lkid gall eso sto rad PVSV RK LK RAG LAG".split(),
     "FLARE22": ["Liver", "Right kidney", "Spleen", "Pancreas", "Aorta", "Inferior vena cava", "Right adrenal gland",
                 "Left adrenal gland", "Gallbladder", "Esophagus", "Stomach", "Duodenum", "Left kidney"],
     "CT-ORG": ["Liver", "Bladder", "Lungs", "Kidneys", "Bone", "Brain"],
@@ -40,7 +41,7 @@ DATASETS: dict[str, list[str]] = {
     "3D-IRCADb-01": "liver livertumor livercyst liverkyst tumor cyst portalvein venoussystem venacava artery bone skin "
     "spleen kidneys leftkidney rightkidney lungs leftlung rightlung gallbladder pancreas heart stomach bladder "
     "smallintestin colon surrenalgland leftsurrenalgland rightsurrenalgland rightsurretumor biliarysystem "
-    "uterus".split(),
+    "uterus livertumor01 livertumor1 livertumors livercyst1 portalvein1 metal metastasectomie stones".split(),
     "Pancreas-CT": ["pancreas"],
     "LiTS": ["liver", "tumor", "liver tumor"],
     "KiTS23": ["kidney", "tumor", "cyst", "masses", "kidney tumor", "renal_cyst"],

@@ -6,8 +6,9 @@ import pytest
 
 from tests.knowledge.dataset_label_names import DATASETS, TOTALSEGMENTATOR
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.knowledge.catalog import Catalog, Entry, catalog, dataset_labels, read_catalog, read_entries
+from zept_nnunet.knowledge.catalog import Catalog, Entry, catalog, read_catalog, read_entries
 from zept_nnunet.names import infer_is_tumor, name_key
+from zept_nnunet.public_datasets import dataset_labels
 
 ORGAN = """
 entries:
@@ -88,6 +89,14 @@ def test_dataset_tables_point_at_entries() -> None:
         ("Lung_Upper_Lobe_L", "left upper lung lobe"),
         ("right-kidney", "right kidney"),
         ("HCC", "hepatocellular carcinoma"),
+        ("liver mets", "liver metastasis"),
+        ("cholangiocarcinoma", "intrahepatic cholangiocarcinoma"),
+        ("Klatskin", "perihilar cholangiocarcinoma"),
+        ("oncocytoma", "renal oncocytoma"),
+        ("AML", "renal angiomyolipoma"),
+        ("livertumor01", "liver tumor"),
+        ("RAG", "right adrenal gland"),
+        ("lad", None),  # a coronary artery elsewhere: dataset_labels.yaml
         ("flux capacitor", None),
     ],
 )

@@ -18,7 +18,7 @@ from tests.knowledge.small_bert import save_small_bert
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.knowledge.encoders import EMBEDDED, HuggingFaceEncoder
-from zept_nnunet.knowledge.language import check_english
+from zept_nnunet.knowledge.language import check_english, check_words
 from zept_nnunet.knowledge.source import KnowledgeSource, built_in, english_encoder
 from zept_nnunet.knowledge.texts import Description, built_in_texts
 from zept_nnunet.knowledge.vectors import read_vectors, text_key, write_vectors
@@ -84,7 +84,8 @@ def test_what_is_no_encoder(small_bert: Path, tmp_path: Path) -> None:
         if path.suffix != ".safetensors":
             (pickled / path.name).write_bytes(path.read_bytes())
     torch.save({}, pickled / "pytorch_model.bin")
-    with pytest.raises(ZePTError, match="cannot use the text encoder"):
+    recipe = r"cannot use the text encoder.*save_pretrained\(FOLDER, safe_serialization=True\).*--encoder FOLDER"
+    with pytest.raises(ZePTError, match=recipe):
         HuggingFaceEncoder(pickled).encode(["a"])
 
 
@@ -172,6 +173,27 @@ FOREIGN = [
     "lesión hipodensa en el bazo con bordes mal definidos",
     "脾脏低密度肿块",
     "гиподенсное образование селезёнки",
+    "tumeur de la rate",
+    "dunkle Masse der Milz",
+    "masa hipodensa en bazo",
+    "metastasi epatica ipodensa",
+    "hypodense massa in de milt met wazige rand",
+    "Tumor in der Milz",
+    "dunkle Masse",
+]
+SHORT = [
+    "insulinoma",
+    "insulinoma of the pancreatic tail",
+    "Erdheim-Chester disease",
+    "Castleman disease in the spleen",
+    "sarcoidosis of the spleen",
+    "Langerhans cell histiocytosis",
+    "ill-defined hypoattenuating mass",
+    "A hyperdense mass.",
+    "mass like chewing gum",
+    "glowing blob in the pancreas",
+    "whorled fibrous mass",
+    "round, fluid",
 ]
 
 
@@ -181,10 +203,28 @@ def test_texts_that_are_not_english(text: str) -> None:
         english_encoder().encode([text])
 
 
+@pytest.mark.parametrize("text", SHORT)
+def test_short_texts_with_words_that_no_description_holds(text: str) -> None:
+    check_english(text)
+    check_words(text)
+
+
+def test_names_of_classes_are_not_looked_up_word_by_word() -> None:
+    """They are what they are: "levator labii superioris" is an organ, and nobody wrote a description."""
+    name = "levator labii superioris"
+    with pytest.raises(ZePTError, match=r"words that no English description holds \(labii, superioris"):
+        english_encoder().encode([name])
+    found = built_in().vectors({"x": Description(name, "name")})
+    assert found["x"].shape == (384,)
+    with pytest.raises(ZePTError, match="'x': wanted English"):
+        built_in().vectors({"x": Description(name, "own")})
+
+
 def test_every_sentence_of_the_descriptions_counts_as_english() -> None:
     for entry in catalog():
         for sentence in re.split(r"(?<=\.) ", entry.text):
             check_english(sentence)
+            check_words(sentence)
     for text in (
         "hypodense splenic lesion with indistinct margin",
         "tumor",
@@ -236,7 +276,17 @@ try:
     built_in().vectors({"odd": describe_tumor("odd growth", ("liver",))})
 except ZePTError as error:
     print(error)
+from zept_nnunet.knowledge import describe_organ
+from zept_nnunet.knowledge.catalog import catalog
+catalog().entries["liver"].sections["ct"] = "Edited."
+try:
+    built_in().vectors({"liver": describe_organ("liver")})
+except ZePTError as error:
+    print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 'pip install "zept-nnunet[text]"' in done.stdout and "odd" in done.stdout
+    no_entry, edited = done.stdout.splitlines()
+    assert 'pip install "zept-nnunet[text]"' in no_entry and "odd" in no_entry and "no built-in description" in no_entry
+    assert "'liver' ('liver') was edited after its vector was made" in edited and "zept knowledge encode -o" in edited
+    assert "no built-in description" not in edited

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from zept_nnunet.errors import ZePTError
@@ -69,6 +70,16 @@ def test_damaged_files(tmp_path: Path) -> None:
         read_vectors(path)
     with pytest.raises(ZePTError, match="no file of knowledge vectors"):
         read_vectors(tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("key", ["encoder", "revision"])
+def test_the_checksum_covers_who_made_the_vectors(tmp_path: Path, key: str) -> None:
+    path = file_of(tmp_path, ["a liver"])
+    with safe_open(path, framework="numpy") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata())  # noqa: SIM118
+    save_file(tensors, path, metadata | {key: "another"})
+    with pytest.raises(ZePTError, match="encoder and revision do not have the checksum"):
+        read_vectors(path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,11 +241,10 @@ def test_a_hidden_tumor_is_seen_by_no_other_query(dimensions: int, image: torch.
 def test_shuffled_descriptions_change_whose_text_it_is_and_nothing_else() -> None:
     own, shuffled = (build_block(deepcopy(DATASET_JSON), settings={"descriptions": d}) for d in ("own", "shuffled"))
     a, b = (block["knowledge"]["vectors"] for block in (own, shuffled))
-    assert a.keys() == b.keys() and sorted(map(tuple, a.values())) == sorted(map(tuple, b.values()))
+    assert a.keys() == b.keys() and all(a[n] != b[n] for n in a)  # "abnormal pancreas" has nobody to exchange with
     groups = (("liver", "spleen", "pancreas"), ("liver_tumor", "spleen_tumor"))
     for group in groups:
         assert sorted(a[n] for n in group) == sorted(b[n] for n in group)
-        assert all(a[n] != b[n] for n in group)
     assert own["decoder"] == shuffled["decoder"] and own["taxonomy"] == shuffled["taxonomy"]
 
 

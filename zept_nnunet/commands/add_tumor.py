@@ -67,6 +67,12 @@ def register(subparsers: Any) -> None:
     vectors = parser.add_mutually_exclusive_group()
     vectors.add_argument("--encoder", metavar="NAME", help="the model's text encoder: Hugging Face name or folder")
     vectors.add_argument("--vectors", metavar="FILE", type=Path, help="vectors that zept knowledge encode wrote")
+    parser.add_argument(
+        "--keep-vectors",
+        action="store_true",
+        help="add though the package describes classes of the model otherwise than when it was trained: those keep "
+        "the vectors that they were trained with",
+    )
     parser.set_defaults(func=run, tumors=[])
 
     parser = subparsers.add_parser(
@@ -112,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
     def add(folder: Path) -> AddedTumors:
         requests = declared_requests(folder) if args.declared else named
-        return add_tumors(folder, requests, _output(args, folder, "_plus"), args.copy, knowledge)
+        return add_tumors(folder, requests, _output(args, folder, "_plus"), args.copy, knowledge, args.keep_vectors)
 
     return _change(args, add, "added")
 

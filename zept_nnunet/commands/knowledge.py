@@ -155,8 +155,8 @@ def run_encode(args: argparse.Namespace) -> int:
     from zept_nnunet.commands.taxonomy import find_dataset_json, read_dataset_json
     from zept_nnunet.knowledge.dataset import class_texts
     from zept_nnunet.knowledge.encoders import HuggingFaceEncoder, TextEncoder
-    from zept_nnunet.knowledge.source import english_encoder
-    from zept_nnunet.knowledge.texts import built_in_texts, describe_abnormal
+    from zept_nnunet.knowledge.source import encode, english_encoder
+    from zept_nnunet.knowledge.texts import Description, built_in_texts, describe_abnormal
     from zept_nnunet.knowledge.vectors import write_vectors
     from zept_nnunet.taxonomy import Taxonomy
 
@@ -164,18 +164,20 @@ def run_encode(args: argparse.Namespace) -> int:
         raise ZePTError(f"-o {args.o}: the file's name must end in .safetensors")
     if args.o.is_dir() or not (parent := next(p for p in args.o.absolute().parents if p.exists())).is_dir():
         raise ZePTError(f"-o {args.o}: a file cannot be written there ({args.o if args.o.is_dir() else parent})")
-    texts = built_in_texts()
+    texts: dict[str, Description] = {text: Description(text, "name") for text in built_in_texts()}
     if args.d is not None:
         path = find_dataset_json(args.d)
         dataset_json = read_dataset_json(path)
-        texts += [d.text for d in class_texts(dataset_json, str(path)).values()]
-        organs = Taxonomy.from_dataset_json(dataset_json, str(path)).organs
-        texts += [describe_abnormal(organ.name).text for organ in organs]  # whichever of them gets such a query
-    texts = list(dict.fromkeys([*texts, *args.text]))
+        taxonomy = Taxonomy.from_dataset_json(dataset_json, str(path))
+        found = [*class_texts(dataset_json, str(path)).values()]
+        # whichever of them gets such a query
+        found += [describe_abnormal(taxonomy.reading(organ.name)) for organ in taxonomy.organs]
+        texts |= {d.text: d for d in found}
+    texts |= {text: Description(text, "own") for text in args.text}
     encoder: TextEncoder = english_encoder() if args.encoder is None else HuggingFaceEncoder(args.encoder)
     assert encoder.revision  # loads it, before the progress bar
-    vectors = np.concatenate([encoder.encode([text]) for text in tqdm(texts, desc="encode", unit="text")])
-    write_vectors(args.o, encoder.name, encoder.revision, texts, vectors)
+    vectors = np.stack([encode(encoder, d) for d in tqdm(texts.values(), desc="encode", unit="text")])
+    write_vectors(args.o, encoder.name, encoder.revision, [*texts], vectors)
     print(f"{len(texts)} vectors of width {encoder.width} by {encoder.name} (revision {encoder.revision}): {args.o}")
     print(f'to train with them, in dataset.json: "zept": {{"vectors": "{args.o.absolute()}"}}')
     return 0

@@ -143,7 +143,7 @@ def _organs(args: argparse.Namespace, folders: list[Path], sources: dict[Path, M
         wanted = list(args.organs)
         if not wanted:  # the organs that its tumors' descriptions name
             tumors = [c for c in source.taxonomy.classes if isinstance(c, Tumor)]
-            entries = [catalog().find(t.name, t.hosts, "tumor") for t in tumors]
+            entries = [catalog().find(source.taxonomy.reading(t.name), t.hosts, "tumor") for t in tumors]
             wanted = [h for e in entries if e is not None for h in e.hosts]
         found[of] = ModelOrgans.find(Path(folder), wanted, list(source.cases))
     if args.organs and not args.organs_from:

@@ -219,8 +219,9 @@ class Merge:
                 if by_name.get(normalize_name(name), "") is None:
                     continue  # left out
                 chosen = by_name.get(normalize_name(name))
-                shown = chosen or self._name_of(name, hosts)
-                key = keys[name] = class_key(chosen or name, hosts)
+                read = source.taxonomy.reading(name)  # of a public dataset: "cancer" → "lung tumor"
+                shown = chosen or self._name_of(read, hosts)
+                key = keys[name] = class_key(chosen or read, hosts)
                 entry = merged.setdefault(key, MergedClass(shown, hosts is not None))
                 if roles.setdefault(name_key(shown), hosts is not None) != (hosts is not None):
                     problems.append(

@@ -27,9 +27,12 @@ from zept_nnunet.inference.model_folder import (
 )
 from zept_nnunet.inference.unchanged import check_unchanged
 from zept_nnunet.knowledge import KnowledgeSource
+from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.knowledge.dataset import declared_source, like, own_descriptions
+from zept_nnunet.knowledge.texts import describe_tumor
 from zept_nnunet.labels import read_labels
-from zept_nnunet.names import infer_hosts, normalize_name
+from zept_nnunet.names import infer_hosts, normalize_name, organs_named
+from zept_nnunet.public_datasets import label_readings
 from zept_nnunet.taxonomy import Taxonomy, declared_unseen
 
 # what dataset.json holds that an added tumor changes; the plans keep it, for `zept remove-tumor`
@@ -83,6 +86,7 @@ def add_tumors(
     output_folder: str | os.PathLike[str] | None = None,
     copy_checkpoints: bool = False,
     knowledge: KnowledgeSource | None = None,
+    keep_vectors: bool = False,
 ) -> AddedTumors:
     """Write a model folder that also reports the requested tumors. The old folder stays as it is.
 
@@ -93,6 +97,7 @@ def add_tumors(
         copy_checkpoints: copy the checkpoints even where they could be hard links.
         knowledge: of the tumors' vectors, by the encoder of the model's; default: what the model's dataset.json names
             under `zept.vectors`, else the package's.
+        keep_vectors: add them though the package describes classes of the model otherwise than when it was trained.
 
     Raises:
         ZePTError: something in the folder or in a request does not fit; nothing has been written then.
@@ -100,6 +105,7 @@ def add_tumors(
     source = Path(model_folder)
     plans, dataset_json = read_json(source / "plans.json"), read_json(source / "dataset.json")
     block = plans_block.read_block(plans, str(source / "plans.json"))
+    plans_block.check_own_texts(block, dataset_json, str(source))
     target, plans_name = output(source, output_folder, plans, lambda name: f"{name}_plus")
     trained_folds = folds(source)
     configuration = check_checkpoints(source, trained_folds, block)
@@ -107,12 +113,18 @@ def add_tumors(
 
     if not requests:
         raise ZePTError("no tumor to add: give --name NAME --host ORGAN, or --declared")
+    if not keep_vectors and block["training"]["descriptions"] == "own":
+        remedy = "zept plan -d ID, then train, or install the zept-nnunet that trained it, or add with --keep-vectors"
+        plans_block.check_planned_texts(block, dataset_json, str(source / "plans.json"), remedy)
     taxonomy = Taxonomy.from_dict(block["taxonomy"])
+    notes: list[str] = []
     resolved = assign_labels(
-        [_complete(r, taxonomy, dataset_json, source, block["anomalies"]) for r in requests], dataset_json, source
+        [_complete(r, taxonomy, dataset_json, source, block["anomalies"], notes) for r in requests],
+        dataset_json,
+        source,
     )
     knowledge = knowledge or declared_source(dataset_json, str(source / "dataset.json"))
-    notes: list[str] = []
+    readings = label_readings(dataset_json, str(source / "dataset.json"))
     before = {
         "plans_name": plans.get("plans_name"),
         "taxonomy": block["taxonomy"],
@@ -121,8 +133,10 @@ def add_tumors(
     new_dataset_json = copy.deepcopy(dataset_json)
     for request in resolved:
         assert request.hosts is not None and request.label is not None
+        read_hosts = [readings.get(normalize_name(host), host) for host in request.hosts]
+        description = describe_tumor(request.name, read_hosts, request.description)
         block = plans_block.add_tumor_to_block(
-            block, request.name, request.hosts, request.label, request.description, knowledge
+            block, request.name, request.hosts, request.label, description, knowledge
         )
         extend_dataset_json(new_dataset_json, request)
     old_ignore, ignore = (d["labels"].get("ignore") for d in (dataset_json, new_dataset_json))
@@ -150,8 +164,9 @@ def _complete(
     dataset_json: Mapping[str, Any],
     source: Path,
     anomalies: Mapping[str, str],
+    notes: list[str],
 ) -> TumorRequest:
-    """Fill in hosts, label and description; hosts in the taxonomy's spelling."""
+    """Fill in hosts, label and description; hosts in the taxonomy's spelling. What is worth telling goes to `notes`."""
     name = request.name.strip()
     key = normalize_name(name)
     if not key:
@@ -168,19 +183,17 @@ def _complete(
 
     declared = next((t for t in declared_unseen(dict(dataset_json)) if normalize_name(t.name) == key), None)
     texts = own_descriptions(dataset_json)
-    described = next((text for n, text in texts.items() if normalize_name(n) == key), None)
+    described = next((d.text for n, d in texts.items() if normalize_name(n) == key), None)
     hosts = request.hosts or (declared.hosts if declared else None)
     organs = [o.name for o in taxonomy.organs]
     if hosts is None and organs:
-        hosts = infer_hosts(name, organs)
-        if not hosts:
-            raise ZePTError(f"the host of {name!r} cannot be determined from its name; give --host, one of {organs}")
+        hosts = _infer_hosts(name, request.like, organs, notes)
     labels = read_labels(dict(dataset_json), str(source / "dataset.json"))
     by_label = {o.label: o.name for o in taxonomy.organs}
     hosts = declared_hosts(list(hosts or ()), labels, by_label, f"{source / 'dataset.json'}, host of {name!r}")
     if request.like is not None and request.description is not None:
         raise ZePTError(f"{name!r}: --like takes a built-in description, --description brings one; give one of both")
-    description = like(request.like, "tumor") if request.like is not None else request.description
+    description = like(request.like, "tumor").text if request.like is not None else request.description
     description = description if description is not None else described
     if description is not None and not description.strip():
         raise ZePTError(f"{name!r}: the description is empty; write a sentence or leave --description out")
@@ -190,6 +203,36 @@ def _complete(
         description,
         request.label if request.label is not None else (declared.label if declared else None),
     )
+
+
+def _infer_hosts(name: str, like_name: str | None, organs: Sequence[str], notes: list[str]) -> tuple[str, ...]:
+    """The hosts that a tumor's name says, else those of its description, as far as they are organs of the model.
+
+    Raises:
+        ZePTError: there are none.
+    """
+    hosts = organs_named(name, organs)
+    entry = None if hosts else catalog().find(like_name or name, kind="tumor")
+    if entry is None:
+        hosts = hosts or infer_hosts(name, organs)
+        if not hosts:
+            raise ZePTError(f"the host of {name!r} cannot be determined from its name; give --host, one of {organs}")
+        return hosts
+    hosts = tuple(dict.fromkeys(o for host in entry.hosts for o in _organs_of_host(host, organs)))
+    where = f"the built-in description of {entry.name!r} says {', '.join(entry.hosts)}"
+    if not hosts:
+        raise ZePTError(
+            f"the host of {name!r} cannot be determined: {where}, and that is no organ of the model; give --host, one "
+            f"of {list(organs)}"
+        )
+    notes.append(f"host of {name!r}: {', '.join(hosts)} ({where}); --host names another")
+    return hosts
+
+
+def _organs_of_host(host: str, organs: Sequence[str]) -> tuple[str, ...]:
+    described = catalog().find(host, kind="organ")
+    same = tuple(o for o in organs if described is not None and catalog().find(o, kind="organ") is described)
+    return same or organs_named(host, organs)
 
 
 def _label_values(dataset_json: Mapping[str, Any]) -> set[int]:

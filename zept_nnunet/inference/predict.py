@@ -25,6 +25,7 @@ from torch._dynamo import OptimizedModule
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.names import normalize_name
 from zept_nnunet.network.logits import LOGIT_LIMIT
+from zept_nnunet.plans_block import check_own_texts, read_block
 
 SCORES_SUFFIX = "_scores.npz"
 NEEDS_WORKERS = "--save_scores and --save_anomaly_maps need worker processes: give -npp and -nps 1 or more"
@@ -72,6 +73,18 @@ class ZePTPredictor(nnUNetPredictor):
         """
         if self._extra:
             self._scored()
+
+    def initialize_from_trained_model_folder(self, model_training_output_dir: str, *args: Any, **kwargs: Any) -> None:
+        """nnU-Net's, and a check that the model's descriptions are those that its vectors were made from.
+
+        Raises:
+            ZePTError: one was edited in the model's dataset.json.
+        """
+        super().initialize_from_trained_model_folder(model_training_output_dir, *args, **kwargs)
+        plans = self.plans_manager.plans
+        if "zept" in plans:
+            block = read_block(plans, os.path.join(model_training_output_dir, "plans.json"))
+            check_own_texts(block, self.dataset_json, str(model_training_output_dir))
 
     # ------------------------------------------------------------------------------------------------ which files
     def _extra_files(self, truncated: str) -> list[str]:

@@ -51,6 +51,7 @@ def remove_tumors(
             trained = normalize_name(name) in {normalize_name(c.name) for c in taxonomy.classes}
             why = "was trained, and only added tumors can be removed" if trained else "is no class of the model"
             raise ZePTError(f"{name!r} {why}; added are: {[t.name for t in added.values()] or 'none'}")
+    plans_block.check_own_texts(block, dataset_json, str(source), names)
     before = block.get("before")
     if before is None:
         raise ZePTError(

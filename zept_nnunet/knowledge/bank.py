@@ -26,14 +26,26 @@ class QuietVector(list):
 
 
 @dataclass(frozen=True)
+class PlannedText:
+    """What a vector was made from: the origin of a description, and its text's key."""
+
+    origin: str
+    key: str
+
+
+@dataclass(frozen=True)
 class KnowledgeBank:
-    """Encoder's identity, one vector per class name, and which classes the user described, with their text's key."""
+    """Encoder's identity, one vector per class name, and which text each vector was made from.
+
+    `texts`: class name → origin and key of its text. Classes of plans by an earlier version may be missing there, and
+    so are those whose vector the user brought by the class's name.
+    """
 
     encoder: str
     revision: str
     width: int
     vectors: Mapping[str, list[float]]
-    own_texts: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, PlannedText] = field(default_factory=dict)
 
     @classmethod
     def build(cls, descriptions: Mapping[str, Description], source: KnowledgeSource) -> KnowledgeBank:
@@ -70,13 +82,17 @@ class KnowledgeBank:
                 "a file that holds the vectors of the model's classes too"
             )
         found = {name: _quiet(vector) for name, vector in source.vectors(descriptions).items()}
-        own = {name: text_key(d.text) for name, d in descriptions.items() if d.is_own}
-        return replace(self, vectors={**self.vectors, **found}, own_texts={**self.own_texts, **own})
+        texts = {
+            name: PlannedText(d.origin, text_key(d.text))
+            for name, d in descriptions.items()
+            if source.reads_text(name, d)
+        }
+        return replace(self, vectors={**self.vectors, **found}, texts={**self.texts, **texts})
 
     def without(self, names: Collection[str]) -> KnowledgeBank:
         """A bank that lacks these classes."""
         vectors = {name: v for name, v in self.vectors.items() if name not in names}
-        return replace(self, vectors=vectors, own_texts={n: t for n, t in self.own_texts.items() if n not in names})
+        return replace(self, vectors=vectors, texts={n: t for n, t in self.texts.items() if n not in names})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON (the vectors print as their length)."""
@@ -84,7 +100,7 @@ class KnowledgeBank:
             "encoder": self.encoder,
             "revision": self.revision,
             "width": self.width,
-            "own_texts": dict(self.own_texts),
+            "texts": {name: {"origin": text.origin, "key": text.key} for name, text in self.texts.items()},
             "vectors": {name: QuietVector(vector) for name, vector in self.vectors.items()},
         }
 
@@ -104,8 +120,14 @@ class KnowledgeBank:
             str(d["revision"]),
             width,
             {name: QuietVector(vector) for name, vector in d["vectors"].items()},
-            dict(d.get("own_texts", {})),
+            planned_texts(d),
         )
+
+
+def planned_texts(knowledge: Mapping[str, Any]) -> dict[str, PlannedText]:
+    """`texts` of a bank as the plans hold it; of plans by an earlier version, the texts that the user chose."""
+    old = {name: PlannedText("own", key) for name, key in knowledge.get("own_texts", {}).items()}
+    return old | {name: PlannedText(t["origin"], t["key"]) for name, t in knowledge.get("texts", {}).items()}
 
 
 def _quiet(vector: np.ndarray) -> QuietVector:

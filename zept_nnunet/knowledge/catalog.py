@@ -22,6 +22,7 @@ from zept_nnunet.names import (
     host_words,
     infer_is_tumor,
     is_generic_tumor,
+    key_without_number,
     kind_of_tumor,
     name_key,
     part_before_and,
@@ -89,6 +90,8 @@ class Catalog:
         found = self._by_key.get(name_key(name))
         if found is None and infer_is_tumor(name) and kind != "organ":  # "right kidney tumor" → "kidney tumor"
             found = self._by_key.get(tuple(w for w in name_key(name) if w not in ("left", "right")))
+        if found is None:  # "livertumor01"
+            found = self._by_key.get(key_without_number(name))
         if found is not None:
             return found if kind in (None, found.kind) else None
         if kind == "organ" or not is_generic_tumor(name):
@@ -192,14 +195,6 @@ def read_catalog(paths: Iterable[Path]) -> Catalog:
 def descriptions_folder() -> Path:
     """Where the package's YAML files stand."""
     return Path(str(resources.files("zept_nnunet.knowledge") / "descriptions"))
-
-
-@cache
-def dataset_labels() -> dict[str, dict[str, str]]:
-    """Public datasets → their label names → entries, where a name alone does not tell ("cancer" of MSD Lung)."""
-    path = Path(str(resources.files("zept_nnunet.knowledge") / "dataset_labels.yaml"))
-    content: dict[str, dict[str, str]] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return content
 
 
 @cache

@@ -30,24 +30,27 @@ def class_texts(
     hosts = {t.name: frozenset(t.hosts) for t in taxonomy.tumors}
     for key, tumor in unseen.items() if with_unseen else ():
         text = next((t for name, t in own.items() if normalize_name(name) == key), None)
-        description = describe_tumor(tumor.name, tumor.hosts, text)
+        description = describe_tumor(tumor.name, [taxonomy.reading(host) for host in tumor.hosts], text)
         same = (n for n, h in hosts.items() if h == frozenset(tumor.hosts) and texts[n].text == description.text)
         refuse_twin(tumor.name, next(same, None), description)
         texts[tumor.name], hosts[tumor.name] = description, frozenset(tumor.hosts)
     return texts
 
 
-def own_descriptions(dataset_json: Mapping[str, Any]) -> dict[str, str]:
+def own_descriptions(dataset_json: Mapping[str, Any]) -> dict[str, Description]:
     """`zept.knowledge`, with {"like": NAME} written out.
 
     Raises:
         ZePTError: no built-in description has that name.
     """
     given = (dataset_json.get("zept") or {}).get("knowledge") or {}
-    return {name: like(value["like"]) if isinstance(value, Mapping) else value for name, value in given.items()}
+    return {
+        name: like(value["like"]) if isinstance(value, Mapping) else Description(value, "own")
+        for name, value in given.items()
+    }
 
 
-def like(name: str, kind: str | None = None) -> str:
+def like(name: str, kind: str | None = None) -> Description:
     """The built-in description of that name.
 
     Raises:
@@ -56,7 +59,7 @@ def like(name: str, kind: str | None = None) -> str:
     entry = catalog().require(name)
     if kind not in (None, entry.kind):
         raise ZePTError(f"like {name!r}: that is the {entry.kind} {entry.name!r}; name a {kind} (zept knowledge list)")
-    return entry.text
+    return Description(entry.text, f"like ({entry.name})")
 
 
 def declared_source(dataset_json: Mapping[str, Any], source: str = "dataset.json") -> KnowledgeSource:

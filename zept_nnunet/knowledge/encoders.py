@@ -18,6 +18,12 @@ EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"  # the encoder of the vector
 MAX_WORDS = 2000  # of a description; the built-in ones have some 150
 INSTALL = 'pip install "zept-nnunet[text]"'
 MAX_CHARACTERS = 20_000
+CONVERT = (
+    "Where it comes with pytorch_model.bin only, convert it once, if you trust it: in Python, with AutoModel and "
+    "AutoTokenizer of transformers, AutoModel.from_pretrained(NAME).save_pretrained(FOLDER, "
+    "safe_serialization=True) and AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER); then --encoder "
+    "FOLDER"
+)
 _OVERLAP = 32  # tokens that two windows of a long text share
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
 _LONGEST_WINDOW = 512  # of encoders that name no limit
@@ -100,7 +106,13 @@ class HuggingFaceEncoder:
             f"cannot use the text encoder {self.source!r}: wanted one of the BERT family, by its name on the Hugging "
             "Face hub or in a folder with config.json, a tokenizer and model.safetensors: "
             + " ".join(str(why).split())[:300]
+            + (f". {CONVERT}" if self._has_other_weights() else "")
         )
+
+    def _has_other_weights(self) -> bool:
+        """Whether it comes with weights in a format that runs code when it is read, and with no others."""
+        folder = Path(self.source)
+        return not any(folder.glob("*.safetensors")) and (not folder.is_dir() or any(folder.glob("pytorch_model*.bin")))
 
     @cached_property
     def revision(self) -> str:
@@ -188,6 +200,20 @@ class EnglishEncoder(HuggingFaceEncoder):
 
         Raises:
             ZePTError: as the parent's; or a text is not English.
+        """
+        from zept_nnunet.knowledge.language import check_english, check_words
+
+        for text in texts:
+            check_length(text)
+            check_english(text)
+            check_words(text)
+        return super().encode(texts)
+
+    def encode_names(self, texts: list[str]) -> np.ndarray:
+        """As `encode`, for texts that are made of the names of classes: their words may be in no dictionary.
+
+        Raises:
+            ZePTError: as `encode`; but short texts are not looked up word by word.
         """
         from zept_nnunet.knowledge.language import check_english
 

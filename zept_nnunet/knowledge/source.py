@@ -49,6 +49,11 @@ class KnowledgeSource:
         shared = [(v, vectors[n]) for n, v in found.items() if v is not None and len(vectors[n]) == len(v)]
         return bool(shared) and all(np.abs(a - np.asarray(b)).max() < _SAME for a, b in shared)
 
+    def reads_text(self, name: str, description: Description) -> bool:
+        """Whether a class's vector is that of its text, and not one that the user brought by the class's name."""
+        file = self.file
+        return file is None or not file.holds_name(name, description.text, description.is_own)
+
     def vectors(self, descriptions: Mapping[str, Description]) -> dict[str, np.ndarray]:
         """Per class name, its vector of unit length.
 
@@ -65,13 +70,14 @@ class KnowledgeSource:
             encoder = self._checked_encoder(missing)
             for name, description in missing.items():
                 try:
-                    found[name] = encoder.encode([description.text])[0]
+                    found[name] = encode(encoder, description)
                 except ZePTError as error:
                     raise ZePTError(f"the description of {name!r}: {error}") from error
         return {name: found[name] for name in descriptions}
 
     def _checked_encoder(self, missing: Mapping[str, Description]) -> TextEncoder:
         own = [name for name, d in missing.items() if d.is_own]
+        edited = [f"{name!r} ({d.entry!r})" for name, d in missing.items() if d.entry is not None]
         what = f"no vector for the text of {[*missing]}" + (f" (described by you: {own})" if own else "")
         texts = " ".join(f"--text {shlex.quote(d.text)}" for d in missing.values())
         if self._make_encoder is None:
@@ -89,6 +95,12 @@ class KnowledgeSource:
         try:
             encoder = self._encoder
         except ZePTError as error:
+            if edited:
+                raise ZePTError(
+                    f"{what}: the package's description of {', '.join(edited)} was edited after its vector was made, "
+                    f"and {error}. Then encode again: zept knowledge encode -o {shlex.quote(str(built_in_path()))}. Or "
+                    "restore the descriptions"
+                ) from error
             raise ZePTError(
                 f"{what}: it is no built-in description, and {error}. Or bring vectors of your own (docs/knowledge.md)"
             ) from error
@@ -98,6 +110,17 @@ class KnowledgeSource:
                 f"{encoder.width}); wanted {self.name} (revision {self.revision}, width {self.width}). {INSTALL}"
             )
         return encoder
+
+
+def encode(encoder: TextEncoder, description: Description) -> np.ndarray:
+    """The vector of one description. What was made from a class's name may hold words of no language.
+
+    Raises:
+        ZePTError: the encoder cannot read the text.
+    """
+    if isinstance(encoder, EnglishEncoder) and not description.is_own:
+        return encoder.encode_names([description.text])[0]
+    return encoder.encode([description.text])[0]
 
 
 def built_in_path() -> Path:

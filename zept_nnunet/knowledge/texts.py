@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import Catalog, catalog
-from zept_nnunet.names import is_generic_tumor, kind_of_tumor, normalize_name
+from zept_nnunet.names import has_number, is_generic_tumor, kind_of_tumor, normalize_name
 from zept_nnunet.taxonomy import Taxonomy
 
 _FURTHER_KINDS = ("mass", "lesion", "nodule", "metastasis")
@@ -18,15 +18,20 @@ class Description:
     """A class's text, and where it comes from."""
 
     text: str
-    origin: str  # "own", "built-in (ENTRY)" or "name"
+    origin: str  # "own", "like (ENTRY)", "built-in (ENTRY)" or "name"
 
     @property
     def is_own(self) -> bool:
-        """Whether the user wrote it."""
-        return self.origin == "own"
+        """Whether the user chose it: their own words, or a built-in description of another name."""
+        return self.origin == "own" or self.origin.startswith("like (")
+
+    @property
+    def entry(self) -> str | None:
+        """The built-in description that it is."""
+        return None if "(" not in self.origin else self.origin.split("(", 1)[1].removesuffix(")")
 
 
-def describe_organ(name: str, own: str | None = None) -> Description:
+def describe_organ(name: str, own: str | Description | None = None) -> Description:
     """The description of an organ; of "liver and tumor", as regions are called, that of the liver.
 
     Raises:
@@ -40,7 +45,7 @@ def describe_organ(name: str, own: str | None = None) -> Description:
     )
 
 
-def describe_tumor(name: str, hosts: Sequence[str] = (), own: str | None = None) -> Description:
+def describe_tumor(name: str, hosts: Sequence[str] = (), own: str | Description | None = None) -> Description:
     """The description of a tumor; `hosts` are the organs that it sits in.
 
     Raises:
@@ -52,27 +57,38 @@ def describe_tumor(name: str, hosts: Sequence[str] = (), own: str | None = None)
     return Description(entry.text, f"built-in ({entry.name})") if entry is not None else _from_name(name, hosts)
 
 
-def describe_all(taxonomy: Taxonomy, own: Mapping[str, str]) -> dict[str, Description]:
+def describe_all(taxonomy: Taxonomy, own: Mapping[str, str | Description]) -> dict[str, Description]:
     """Per class name, its description; `own` by class name in any spelling.
 
-    Of two tumors of one place whose names say nothing ("tumor" and "masses"), the second is described by its name.
+    Of two tumors of one place whose names say nothing ("tumor" and "masses"), or of classes that a number tells apart,
+    the second is described by its name.
 
     Raises:
         ZePTError: `own` describes what is no class, or one class twice; one text is empty; or two classes of the same
             place have the same text, so that nothing could tell them apart.
     """
-    given: dict[str, str] = {}
+    given: dict[str, str | Description] = {}
     for name, text in own.items():
         if normalize_name(name) in given:
             raise ZePTError(f"zept.knowledge describes {name!r} twice; keep one of the two")
         given[normalize_name(name)] = text
-    found = {o.name: describe_organ(o.name, given.pop(normalize_name(o.name), None)) for o in taxonomy.organs}
+    found: dict[str, Description] = {}
+    for organ in taxonomy.organs:
+        description = describe_organ(taxonomy.reading(organ.name), given.pop(normalize_name(organ.name), None))
+        if not description.is_own and has_number(organ.name) and description in found.values():
+            description = Description(_words(organ.name), "name")
+        found[organ.name] = description
     places: dict[tuple[str, frozenset[str]], str] = {(d.text, frozenset()): name for name, d in found.items()}
     for tumor in taxonomy.tumors:
         hosts = frozenset(tumor.hosts)
-        description = describe_tumor(tumor.name, tumor.hosts, given.pop(normalize_name(tumor.name), None))
-        if (description.text, hosts) in places and not description.is_own and is_generic_tumor(tumor.name):
-            description = _from_name(tumor.name, tumor.hosts)
+        read_hosts = [taxonomy.reading(host) for host in tumor.hosts]
+        own_text = given.pop(normalize_name(tumor.name), None)
+        description = describe_tumor(taxonomy.reading(tumor.name), read_hosts, own_text)
+        if (description.text, hosts) in places and not description.is_own:
+            if is_generic_tumor(tumor.name):
+                description = _from_name(tumor.name, read_hosts)
+            if (description.text, hosts) in places and has_number(tumor.name):
+                description = Description(_in_hosts(_words(tumor.name), read_hosts), "name")
         found[tumor.name] = description
         refuse_twin(tumor.name, places.get((description.text, hosts)), description)
         places[description.text, hosts] = tumor.name
@@ -116,19 +132,21 @@ def built_in_texts(entries: Catalog | None = None) -> list[str]:
     return list(dict.fromkeys([*texts, "tumor", "cyst", *_FURTHER_KINDS]))
 
 
-def _own(name: str, text: str) -> Description:
-    if not text.strip():
+def _own(name: str, given: str | Description) -> Description:
+    description = given if isinstance(given, Description) else Description(given, "own")
+    if not description.text.strip():
         raise ZePTError(f"the description of {name!r} is empty; write a sentence or remove it")
-    return Description(text, "own")
+    return description
 
 
 def _from_name(name: str, hosts: Sequence[str]) -> Description:
     """The words of a tumor's name with its hosts; of a name that says nothing, in words that come with a vector."""
+    return Description(_in_hosts(kind_of_tumor(name) if is_generic_tumor(name) else _words(name), hosts), "name")
+
+
+def _in_hosts(what: str, hosts: Sequence[str]) -> str:
     organs = " and the ".join(dict.fromkeys(map(_organ_words, hosts)))
-    if is_generic_tumor(name):
-        kind = kind_of_tumor(name)
-        return Description(_in_host(kind, organs) if organs else kind, "name")
-    return Description(f"{_words(name)} in the {organs}" if organs else _words(name), "name")
+    return _in_host(what, organs) if organs else what
 
 
 def _organ_words(name: str) -> str:

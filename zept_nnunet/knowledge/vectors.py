@@ -50,14 +50,20 @@ class VectorFile:
         Args:
             is_own_text: the user described the class. Then a vector by name is none of that text.
         """
-        found = self.by_text.get(text_key(text))
-        return found if found is not None or is_own_text else self.by_name.get(name_key(name))
+        if self.holds_name(name, text, is_own_text):
+            return self.by_name[name_key(name)]
+        return self.by_text.get(text_key(text))
+
+    def holds_name(self, name: str, text: str, is_own_text: bool) -> bool:
+        """Whether `find` gives a vector that the user brought by the class's name, whatever its text."""
+        return text_key(text) not in self.by_text and not is_own_text and name_key(name) in self.by_name
 
 
 def write_vectors(path: Path, encoder: str, revision: str, texts: list[str], vectors: np.ndarray) -> None:
     """Write the vectors of `texts`, shape (len(texts), width); the file appears whole or not at all."""
     tensors = {text_key(t): np.ascontiguousarray(v, dtype=np.float32) for t, v in zip(texts, vectors, strict=True)}
-    metadata = {"encoder": encoder, "revision": revision, "sha256": _checksum(tensors)}
+    metadata = {"encoder": encoder, "revision": revision}
+    metadata["sha256"] = _checksum(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -89,8 +95,11 @@ def read_vectors(path: Path) -> VectorFile:
             tensors = {key: np.asarray(file.get_tensor(key), dtype=np.float32) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ZePTError(f"{path} is no readable safetensors file ({error}); {remedy}") from error
-    if "sha256" in metadata and metadata["sha256"] != _checksum(tensors):
-        raise ZePTError(f"{path} is damaged: its vectors do not have the checksum in its header; {remedy}")
+    if "sha256" in metadata and metadata["sha256"] != _checksum(tensors, metadata):
+        raise ZePTError(
+            f"{path} is damaged, or an earlier version wrote it: its vectors, encoder and revision do not have the "
+            f"checksum in its header; {remedy}"
+        )
     shapes = {v.shape for v in tensors.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise ZePTError(f"{path}: wanted one vector of the same width a class, found shapes {sorted(shapes)}; {remedy}")
@@ -113,8 +122,11 @@ def read_vectors(path: Path) -> VectorFile:
     )
 
 
-def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
+def _checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of the tensors, and of the encoder's name and revision in a file's header."""
     digest = hashlib.sha256()
+    for key in ("encoder", "revision") if metadata is not None else ():
+        digest.update(f"{key}={(metadata or {}).get(key, '')}\0".encode())
     for key in sorted(tensors):
         digest.update(key.encode() + tensors[key].tobytes())
     return digest.hexdigest()

@@ -94,7 +94,7 @@ class ZePTTrainer(KeepsSides):
                     f"{name}.json was planned for other classes than {plans['dataset_name']}/dataset.json names now; "
                     "plan again: zept plan -d ID"
                 )
-            check_planned_texts(block, dataset_json, f"{name}.json")
+            check_planned_texts(block, dataset_json, f"{name}.json", f"zept plan -d {plans['dataset_name']}")
             if cls.variant != "zept":  # another variant's trainer takes its own settings
                 decoder, training, anomalies = own_parts(dataset_json, cls.variant, source)
                 block = {**block, "decoder": decoder, "training": training, "anomalies": anomalies}
