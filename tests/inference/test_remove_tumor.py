@@ -12,6 +12,7 @@ from tests.small_plans import DATASET_JSON
 from zept_nnunet.cli import main
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors, declared_requests
+from zept_nnunet.inference.calibrate import write_thresholds
 from zept_nnunet.inference.remove_tumor import remove_tumors
 
 DECLARED: dict[str, Any] = DATASET_JSON | {
@@ -64,6 +65,16 @@ def test_the_default_output_is_the_folder_without_plus(tmp_path: Path) -> None:
     model.rename(tmp_path / "elsewhere")
     assert main(argv) == 0
     assert json_files(model) == before
+
+
+def test_copies_that_are_older_than_thresholds(tmp_path: Path) -> None:
+    """Cross-validation, then zept calibrate: nnU-Net's copies of plans.json lack its thresholds."""
+    model = make_model_folder(tmp_path, folds=(0,))
+    write_thresholds(model, {"liver_tumor": {"logit": 1.5}})
+    added = add_tumors(model, [PANCREAS])
+    write_thresholds(added.folder, {"liver_tumor": {"logit": 1.5}, "pancreas tumor": {"logit": 0.5}})
+    back = remove_tumors(added.folder, ["pancreas tumor"], tmp_path / "back")
+    assert json_files(back.folder) == json_files(model)
 
 
 def test_a_2d_model(tmp_path: Path) -> None:

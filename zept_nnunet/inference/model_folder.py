@@ -228,9 +228,7 @@ def write_model(
                     # determined on the trained labels: it goes on to hold for them, and leaves the added one alone
                     for name in _CROSSVAL_FILES:
                         _copy(crossval, building / crossval.name, name)
-                    for name in ("plans.json", "dataset.json"):
-                        if (crossval / name).is_file():
-                            _copy(building, building / crossval.name, name)
+                    update_copies(crossval, building / crossval.name, plans, dataset_json)
             check(building)
             if os.path.lexists(target):
                 raise ZePTError(f"the output {target} appeared while it was being built; remove it, or give another -o")
@@ -239,6 +237,24 @@ def write_model(
             shutil.rmtree(building, ignore_errors=True)
             raise
     return linked
+
+
+def update_copies(source: Path, target: Path, plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> None:
+    """What becomes of copies that nnU-Net made of a model's plans.json and dataset.json, in the folder `source`.
+
+    Thresholds stay those of the copy, which may be older than they are: removing what was added gives it back.
+    """
+    for name, content in (("plans.json", plans), ("dataset.json", dataset_json)):
+        if not (source / name).is_file():
+            continue
+        if name == "plans.json":
+            own = (read_json(source / name).get("zept") or {}).get("thresholds", {})
+            kept = {t["name"] for t in content["zept"]["taxonomy"]["tumors"]}
+            own = {tumor: entry for tumor, entry in own.items() if tumor in kept}
+            block = {key: value for key, value in content["zept"].items() if key != "thresholds"}
+            content = {**content, "zept": block | ({"thresholds": own} if own else {})}
+        target.mkdir(parents=True, exist_ok=True)
+        _write(target / name, dump_like(source / name, content))
 
 
 def _write(path: Path, text: str) -> None:

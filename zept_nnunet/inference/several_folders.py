@@ -10,7 +10,7 @@ from pathlib import Path
 from zept_nnunet.datasets.raw_folder import new_dataset
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import AddedTumors
-from zept_nnunet.inference.model_folder import new_parents, written_as
+from zept_nnunet.inference.model_folder import new_parents, read_json, update_copies, written_as
 
 _PREFIX = "ensemble___"
 _FILES = ("postprocessing.pkl", "postprocessing.json", "summary.json")
@@ -86,5 +86,4 @@ def _write_ensemble(old: Path, member: Path, target: Path) -> None:
         for name in _FILES:
             if (old / name).is_file():
                 shutil.copyfile(old / name, scratch / name)
-        for name in ("plans.json", "dataset.json"):
-            shutil.copyfile(member / name, scratch / name)
+        update_copies(old, scratch, read_json(member / "plans.json"), read_json(member / "dataset.json"))
