@@ -551,6 +551,16 @@ def test_a_broken_model_leaves_no_folder_that_was_made_on_the_way(model: Path) -
     assert not (model.parent / "new").exists() and not list((model.parent / "there").iterdir())
 
 
+def test_an_ensemble_with_a_cascade_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = second_model(model, "ZePTTrainer__nnUNetPlans__3d_cascade_fullres")
+    ensemble = make_ensemble(model, other)
+    edit_json(other / "plans.json", lambda p: p["configurations"]["3d_fullres"].update(previous_stage="3d_lowres"))
+    before = sorted(model.parent.rglob("*"))
+    assert main(["add-tumor", str(ensemble), "--name", "pancreas tumor"]) == 1
+    assert f"{other} is the second stage of a cascade" in capsys.readouterr().err
+    assert sorted(model.parent.rglob("*")) == before
+
+
 def test_an_ensembles_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = second_model(model)
     ensemble = make_ensemble(model, other)

@@ -224,12 +224,13 @@ class ZePT(nn.Module):
     def forward_embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the alignment compares with descriptions: the features where each class is, in knowledge space.
 
-        (B, C, *) → embeddings (B, Q + U, E), and (B, Q + U) how many voxels of the input each class takes up in its
-        map: the embedding of one that is not there says nothing. U counts trained and added tumors.
+        (B, C, *) → embeddings (B, Q + U, E), and (B, Q + U) in how many voxels of the input each class's map is above
+        one half: the embedding of one that is not there says nothing. U counts trained and added tumors.
         """
         features = self.decoder(self.encoder(x))
         queries = self._refine(x, features, self.hosts if self.predict_tumors else ())
-        coarse, finest = [], []
+        coarse: list[Tensor] = []
+        finest: list[Tensor] = []
         for scale, found in ((self.num_grouping - 1, coarse), (-1, finest)):
             is_finest = scale == -1
             support, healthy = self._organ_maps(queries.organs, features, -1) if is_finest else queries.coarse[scale]
@@ -238,7 +239,7 @@ class ZePT(nn.Module):
                 unlike = queries.unlike if is_finest else None
                 args = queries.tumors, self.hosts, features, scale, support, healthy, unlike
                 found.append(self._tumor_maps(*args)[0])
-        voxels = torch.cat(finest, 1).float().sigmoid().flatten(2).sum(2)
+        voxels = (torch.cat(finest, 1) > 0).flatten(2).sum(2)
         if self.is_calibrated:
             return self._embed_regions(queries.tokens, torch.cat(coarse, 1)), voxels
         refined = [q for q in (queries.organs, queries.tumors) if q is not None]
