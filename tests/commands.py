@@ -54,11 +54,14 @@ class Workspace:
             "ZEPT_THREADS": "1",
         }
 
+    def program(self, name: str) -> list[str]:
+        """How a command is started."""
+        return [str(Path(sys.executable).parent / name)]
+
     def run(self, *command: str | Path, fails: bool = False, **environment: str) -> str:
         """Run a command of this Python's environment; returns what it printed."""
-        program = Path(sys.executable).parent / str(command[0])
         result = subprocess.run(
-            [str(program), *map(str, command[1:])],
+            [*self.program(str(command[0])), *map(str, command[1:])],
             env=self.environment | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

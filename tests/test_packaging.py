@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import configparser
-import shutil
-import subprocess
-import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from tests.wheel import build_wheel
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,22 +51,7 @@ def test_constraints_pin_every_dependency_exactly(setup_cfg: configparser.Config
 
 
 def test_the_wheel_holds_descriptions_vectors_and_the_page(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(tmp_path),
-        ".",
-    ]
-    source = tmp_path / "source"  # setuptools writes into the tree that it builds
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "zept_demo", "build", "*.egg-info", "nnUNet_*"))
-    subprocess.run(command, cwd=source, check=True, capture_output=True, text=True)
-    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    names = set(zipfile.ZipFile(build_wheel(tmp_path)).namelist())
     data = {
         f.relative_to(ROOT)
         for package in ("knowledge", "evaluation")

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
-        where = f" ({error.filename})" if error.filename else ""
+        file = error.filename2 or error.filename  # of two it is the second that could not be written
+        where = f" ({file})" if file else ""
         print(
             f"zept {args.command}: {error.strerror}{where}; nothing is left half-written. Free some space, or choose "
             "another output folder",

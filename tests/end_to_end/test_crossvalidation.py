@@ -13,6 +13,7 @@ import SimpleITK as sitk
 
 from tests.commands import Workspace
 from tests.conftest import read_json
+from tests.small_ct import UNSEEN_TUMOR
 from tests.test_jobs import kill_first
 
 pytestmark = pytest.mark.slow
@@ -34,6 +35,16 @@ def predictions(workspace: Workspace, trained: Path) -> dict[str, Path]:
             "-c", configuration, "--save_probabilities", *PREDICT,
         )  # fmt: skip
     return folders
+
+
+@pytest.fixture(scope="module")
+def best(workspace: Workspace, trained: Path) -> dict[str, str]:
+    """What nnUNetv2_find_best_configuration says of the best model or ensemble."""
+    workspace.run(
+        "nnUNetv2_find_best_configuration", "901", "-tr", "ZePTTrainerTest", "-c", "2d", "3d_fullres", "-np", "1"
+    )
+    information = read_json(workspace.results / trained.name / "inference_information.json")
+    return information["best_model_or_ensemble"]
 
 
 def test_a_fold_leaves_what_nnunet_leaves(workspace: Workspace, trained: Path) -> None:
@@ -69,13 +80,8 @@ def test_left_and_right_switch_off_mirroring_along_x(workspace: Workspace, train
 
 
 def test_best_configuration_with_ensembling_then_postprocessing_and_evaluation(
-    workspace: Workspace, trained: Path, predictions: dict[str, Path]
+    workspace: Workspace, trained: Path, predictions: dict[str, Path], best: dict[str, str]
 ) -> None:
-    workspace.run(
-        "nnUNetv2_find_best_configuration", "901", "-tr", "ZePTTrainerTest", "-c", "2d", "3d_fullres", "-np", "1"
-    )
-    results = workspace.results / trained.name
-    best = read_json(results / "inference_information.json")["best_model_or_ensemble"]
     assert Path(best["postprocessing_file"]).is_file()  # which model or ensemble is best is the training's business
     ensembled, final = workspace.root / "ensembled", workspace.root / "postprocessed"
     workspace.run("nnUNetv2_ensemble", "-i", *predictions.values(), "-o", ensembled, "-np", "1")
@@ -139,6 +145,60 @@ def test_add_tumor_for_all_folds_then_predict_export_and_install(
     for name in new:
         assert np.array_equal(new[name], again[name])
     shutil.rmtree(plus)
+
+
+def _json_files(*folders: Path) -> list[bytes]:
+    names = ("plans.json", "dataset.json")
+    return [p.read_bytes() for folder in folders for name in names for p in sorted(folder.rglob(name))]
+
+
+def test_add_tumor_to_an_ensemble_of_2d_and_3d_then_ensemble_and_postprocess(
+    workspace: Workspace, trained: Path, predictions: dict[str, Path], best: dict[str, str], tmp_path: Path
+) -> None:
+    results = workspace.results / trained.name
+    (ensemble,) = (results / "ensembles").iterdir()
+    if not (ensemble / "postprocessing.pkl").is_file():  # which is best is the training's business
+        workspace.run(
+            "nnUNetv2_determine_postprocessing", "-i", ensemble, "-np", "1",
+            "-ref", workspace.preprocessed / trained.name / "gt_segmentations",
+            "-plans_json", ensemble / "plans.json", "-dataset_json", ensemble / "dataset.json",
+        )  # fmt: skip
+    before = {p: p.stat().st_mtime_ns for p in sorted(results.rglob("*")) if p.is_file()}
+    workspace.run("zept", "add-tumor", ensemble, "--declared")
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    grown = ensemble.with_name(ensemble.name.replace("nnUNetPlans", "nnUNetPlans_plus"))
+    labels = read_json(grown / "dataset.json")["labels"]
+    folders = []
+    for configuration, old in predictions.items():
+        folders.append(tmp_path / configuration)
+        workspace.run(
+            "nnUNetv2_predict", "-i", trained / "imagesTs", "-o", folders[-1], "-d", trained.name,
+            "-tr", "ZePTTrainerTest", "-p", "nnUNetPlans_plus", "-c", configuration, "--save_probabilities", *PREDICT,
+        )  # fmt: skip
+        new = _voxels(folders[-1])
+        for name, voxels in _voxels(old).items():
+            assert np.array_equal(
+                voxels[new[name] != labels[UNSEEN_TUMOR]], new[name][new[name] != labels[UNSEEN_TUMOR]]
+            )
+    ensembled, final = tmp_path / "ensembled", tmp_path / "postprocessed"
+    workspace.run("nnUNetv2_ensemble", "-i", *folders, "-o", ensembled, "-np", "1")
+    workspace.run(
+        "nnUNetv2_apply_postprocessing", "-i", ensembled, "-o", final, "-np", "1",
+        "-pp_pkl_file", grown / "postprocessing.pkl",
+        "-plans_json", grown / "plans.json", "-dataset_json", grown / "dataset.json",
+    )  # fmt: skip
+    found = _voxels(final)
+    assert found.keys() == _voxels(predictions["2d"]).keys()
+    assert all(set(np.unique(v)) <= set(labels.values()) for v in found.values())
+
+    workspace.run("zept", "remove-tumor", grown, "--name", UNSEEN_TUMOR, "-o", tmp_path / "back")
+    models = [workspace.model(trained.name, c) for c in ("2d", "3d_fullres")]
+    back = [next((tmp_path / "back").glob(f"*__{c}")) for c in ("2d", "3d_fullres")]
+    (ensemble_back,) = (tmp_path / "back" / "ensembles").iterdir()
+    assert _json_files(*back, ensemble_back) == _json_files(*models, ensemble)
+    assert len(_json_files(*models, ensemble)) >= 10  # of two models, their cross-validations, and the ensemble
+    for folder in (grown, *(workspace.model(trained.name, c, plans="nnUNetPlans_plus") for c in ("2d", "3d_fullres"))):
+        shutil.rmtree(folder)
 
 
 def test_a_benchmark_by_dataset_id_through_jobs_of_which_one_is_killed(

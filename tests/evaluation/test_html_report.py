@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,8 @@ from zept_nnunet.cli import main
 from zept_nnunet.evaluation import html_viewer
 from zept_nnunet.evaluation.html_methods import parse_method
 from zept_nnunet.evaluation.html_report import table_columns
+from zept_nnunet.evaluation.retrieval import SUMMARY_COLUMNS, plot_embeddings, retrieval_table, summarize, swapped
+from zept_nnunet.inference.embeddings import CaseEmbeddings
 
 VOID = {"meta", "img", "input", "br", "link", "hr", "use", "path"}
 NASTY = '<b onclick="x()">$a_b$ & "co"</b>'
@@ -276,6 +279,39 @@ def test_a_committed_table_adds_rows(folders: Folders, without_viewer: None) -> 
     assert "0.300 ± 0.141" in page.text
 
 
+def write_retrieval(folder: Path) -> None:
+    """As zept knowledge retrieve does, of a model that finds an unseen tumor in no scan."""
+    found = CaseEmbeddings("a", "0", ("liver", "spleen", NASTY), np.eye(3, 4, dtype=np.float32))
+    missing = replace(found, embeddings=np.where(np.eye(3)[:, :1] == 1, found.embeddings, np.nan))
+    candidates, unseen = {"model's classes": dict(zip(found.names, np.eye(4), strict=False))}, (NASTY,)
+    tables = [retrieval_table([missing], candidates, unseen), retrieval_table(swapped([found]), candidates, unseen)]
+    blank = retrieval_table([missing] * 5, candidates, unseen, keep_missing=True)
+    folder.mkdir(parents=True)
+    summarize(*tables, blank).to_csv(folder / "summary.csv", float_format="%.4f")
+    plot_embeddings([found], candidates["model's classes"], unseen, folder / "embeddings.png")
+
+
+def test_retrieval_table_and_plot(folders: Folders, without_viewer: None) -> None:
+    both = [folders.root / name for name in ("ours_texts", "theirs_texts")]
+    for folder in both:
+        write_retrieval(folder)
+    (both[1] / "embeddings.png").unlink()
+    assert folders.run("--retrieval", *both, cases=False) == 0
+    page = folders.read()
+    assert page.text.index("ours_texts") < page.text.index("theirs_texts") < page.text.index("No plot")
+    assert NASTY in page.text and "<b " not in page.raw and "in place of the class's own" in page.text
+    for title in SUMMARY_COLUMNS.values():
+        assert page.raw.count(f'data-label="{title}"') == 2 * (3 + 2)  # three classes, seen ones, unseen ones
+    liver = re.search(r">liver <small>seen</small></th>(.*)</tr>", page.raw)
+    assert liver is not None
+    assert re.findall(r">([^<]*)</td>", liver.group(1)) == [
+        *("1.000", "1.000", "0.333", "1.000", "0.000", "1.000", "1.000", "1.000", "1.0", "1", "1", "5", "5")
+    ]
+    (image,) = page.images
+    assert base64.b64decode(str(image["src"]).partition(",")[2]) == (both[0] / "embeddings.png").read_bytes()
+    assert len(page.ids) == len(set(page.ids)) and all(a.startswith(("data:", "#")) for a in page.addresses)
+
+
 def test_without_cases_and_curves(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
     (folders.ours / "evaluation" / "curves.csv").unlink()
     (folders.theirs / "evaluation" / "curves.csv").unlink()
@@ -322,6 +358,10 @@ def spoil_curves(folders: Folders) -> None:
     (folders.ours / "evaluation" / "curves.csv").write_text("class,x\nliver tumor,0\n")
 
 
+def spoil_retrieval(folders: Folders) -> None:
+    (folders.ours / "evaluation" / "summary.csv").write_text("class,top1\nliver,0\n")
+
+
 def remove_image(folders: Folders) -> None:
     for path in folders.images.iterdir():
         path.unlink()
@@ -359,6 +399,8 @@ def nothing(folders: Folders) -> None:
         (nothing, ["--classes", "bone tumor"], "'bone tumor' is no tumor"),
         (nothing, ["--results", "no.csv"], "no.csv is no file"),
         (nothing, ["--results", "{metrics}"], "Wanted the columns"),
+        (nothing, ["--retrieval", "{ours}"], "holds no summary.csv; give a folder that zept knowledge retrieve"),
+        (spoil_retrieval, ["--retrieval", "{ours}"], "summary.csv cannot be read: no column candidates"),
         (nothing, ["-o", "."], "is a folder"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.small_plans import DATASET_JSON, make_network, make_plans
 from zept_nnunet.plans_block import build_block
 
 IDENTIFIER = "ZePTTrainer__nnUNetPlans__3d_fullres"
+IDENTIFIER_2D = "ZePTTrainer__nnUNetPlans__2d"
 
 
 def make_model_folder(
@@ -20,21 +22,24 @@ def make_model_folder(
     dataset_json: dict[str, Any] | None = None,
     folds: tuple[int, ...] = (0, 1),
     variant: str = "zept",
+    dimensions: int = 3,
     **plans_changes: Any,
 ) -> Path:
     """`root`/Dataset999_Small/IDENTIFIER with all files that training and cross-validation write. Returns it."""
     dataset_json = deepcopy(dataset_json or DATASET_JSON)
-    folder = root / "Dataset999_Small" / IDENTIFIER
+    folder = root / "Dataset999_Small" / (IDENTIFIER if dimensions == 3 else IDENTIFIER_2D)
     folder.mkdir(parents=True)
-    plans = {**make_plans(), "zept": build_block(dataset_json, variant), **plans_changes}
-    plans["configurations"]["3d_fullres"] |= {
-        "resampling_fn_data": "resample_data_or_seg_to_shape",
-        "resampling_fn_seg": "resample_data_or_seg_to_shape",
-        "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
-        "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None},
-        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
-        "resampling_fn_probabilities_kwargs": {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None},
-    }
+    plans = {**make_plans(dimensions), "zept": build_block(dataset_json, variant), **plans_changes}
+    next(iter(plans["configurations"].values())).update(
+        {
+            "resampling_fn_data": "resample_data_or_seg_to_shape",
+            "resampling_fn_seg": "resample_data_or_seg_to_shape",
+            "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
+            "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None},
+            "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+            "resampling_fn_probabilities_kwargs": {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None},
+        }
+    )
     plans["foreground_intensity_properties_per_channel"] = {
         "0": {"mean": 0.0, "std": 1.0, "percentile_00_5": -3.0, "percentile_99_5": 3.0}
     }
@@ -50,8 +55,10 @@ def make_model_folder(
         (folder / f"fold_{fold}" / "validation" / "case.nii.gz").write_bytes(b"")
     crossval = folder / "crossval_results_folds_0_1"
     crossval.mkdir()
-    for name in ("summary.json", "postprocessing.json", "plans.json", "dataset.json"):
+    for name in ("summary.json", "postprocessing.json"):
         (crossval / name).write_text("{}")
+    for name in ("plans.json", "dataset.json"):
+        shutil.copyfile(folder / name, crossval / name)
     (crossval / "postprocessing.pkl").write_bytes(b"pkl")
     return folder
 
@@ -60,7 +67,8 @@ def write_checkpoint(
     folder: Path, fold: int, plans: dict[str, Any], dataset_json: dict[str, Any], **changes: Any
 ) -> Path:
     """checkpoint_final.pth and checkpoint_best.pth of a fold, with the keys that nnU-Net's predictor reads."""
-    network = make_network(block=plans["zept"], seed=fold)
+    configuration = next(iter(plans["configurations"]))
+    network = make_network(2 if configuration == "2d" else 3, block=plans["zept"], seed=fold)
     torch.manual_seed(100 + fold)
     for name, parameter in network.named_parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)  # the initial maps are nearly constant: make them differ
@@ -72,7 +80,7 @@ def write_checkpoint(
         "network_weights": network.state_dict(),
         "trainer_name": "ZePTTrainer",
         "inference_allowed_mirroring_axes": (2,),
-        "init_args": {"plans": plans, "configuration": "3d_fullres", "fold": fold, "dataset_json": dataset_json},
+        "init_args": {"plans": plans, "configuration": configuration, "fold": fold, "dataset_json": dataset_json},
         **changes,
     }
     (folder / f"fold_{fold}").mkdir(exist_ok=True)

@@ -3,7 +3,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from zept_nnunet.cli import main
 from zept_nnunet.commands import add_tumor as command
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors, declared_requests
+from zept_nnunet.inference.unchanged import check_unchanged
 from zept_nnunet.taxonomy import Taxonomy
 
 PANCREAS = TumorRequest("pancreas tumor", ("pancreas",))
@@ -41,6 +45,15 @@ def model(tmp_path: Path) -> Path:
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def json_files(folder: Path) -> dict[str, bytes]:
+    """plans.json and dataset.json, and their copies in crossval_results_*."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for name in ("plans.json", "dataset.json")
+        for p in folder.rglob(name)
     }
 
 
@@ -294,18 +307,42 @@ def test_interrupted_writing_leaves_nothing(model: Path, monkeypatch: pytest.Mon
     assert [p.name for p in model.parent.iterdir()] == [model.name]
 
 
-def test_a_full_disk_leaves_nothing(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import zept_nnunet.inference.model_folder as module
+@contextmanager
+def disk_of(bytes_a_file: int) -> Iterator[None]:
+    """The system refuses to write a file beyond this size, as a full disk does; Python ignores the signal."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    def full(*_: Any) -> bool:
-        raise OSError(28, "No space left on device", "checkpoint_final.pth")
 
-    monkeypatch.setattr(module, "_link", full)
-    assert main(["add-tumor", str(model), "--name", "pancreas tumor"]) == 1
-    assert "No space left on device (checkpoint_final.pth)" in capsys.readouterr().err
+def between(small: Path, large: Path) -> int:
+    """A size that the first file has room in, with some added, and the second has not."""
+    low, high = small.stat().st_size, large.stat().st_size
+    assert 2 * low < high
+    return (low + high) // 2
+
+
+@pytest.mark.parametrize("is_copy", [False, True], ids=["links", "copies"])
+def test_a_full_disk_leaves_nothing(model: Path, capsys: pytest.CaptureFixture[str], is_copy: bool) -> None:
+    file = "fold_0/checkpoint_final.pth" if is_copy else "plans.json"
+    limit = between(model / "plans.json", model / file) if is_copy else 4096
+    argv = ["add-tumor", str(model), "--name", "pancreas tumor", "-o", str(model.parent / "new" / "deep")]
+    with disk_of(limit):
+        assert main([*argv, "--copy"] if is_copy else argv) == 1
+    assert f"File too large ({model.parent / 'new' / 'deep' / file})" in capsys.readouterr().err
     assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+def test_a_full_disk_when_a_tumor_is_removed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plus = add_tumors(model, [PANCREAS]).folder
+    back = model.parent / "new" / "back"
+    with disk_of(4096):
+        assert main(["remove-tumor", str(plus), "--name", "pancreas tumor", "-o", str(back)]) == 1
+    assert f"File too large ({back / 'plans.json'})" in capsys.readouterr().err
+    assert sorted(p.name for p in model.parent.iterdir()) == sorted([model.name, plus.name])
 
 
 # ---------------------------------------------------------------------------------------------------- descriptions
@@ -422,7 +459,91 @@ def test_a_tumor_that_would_change_the_others_is_not_written(model: Path, monkey
     assert [p.name for p in model.parent.iterdir()] == [model.name]
 
 
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    content = read_json(path)
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def set_thresholds(folder: Path, **logits: float) -> None:
+    edit_json(
+        folder / "plans.json", lambda p: p["zept"].update(thresholds={n: {"logit": v} for n, v in logits.items()})
+    )
+
+
+def swap_labels(dataset_json: dict[str, Any]) -> None:
+    labels = dataset_json["labels"]
+    labels["liver"], labels["spleen"] = labels["spleen"], labels["liver"]
+
+
+def paint_in_another_order(dataset_json: dict[str, Any]) -> None:
+    dataset_json["regions_class_order"] = [2, 1, 3, 4]
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_threshold_that_changed_is_noticed(tmp_path: Path, dimensions: int) -> None:
+    model = make_model_folder(tmp_path, dimensions=dimensions, folds=(0,))
+    set_thresholds(model, liver_tumor=1.5)
+    plus = add_tumors(model, [PANCREAS]).folder  # it has the threshold too
+    configuration = model.name.split("__")[2]
+    set_thresholds(plus, **{"liver_tumor": 1.5, "pancreas tumor": -3.0})  # that of the added tumor says nothing
+    check_unchanged(model, plus, configuration)
+    check_unchanged(plus, model, configuration)
+    set_thresholds(plus, liver_tumor=1.0)
+    with pytest.raises(ZePTError, match="would come out differently"):
+        check_unchanged(model, plus, configuration)
+
+
+@pytest.mark.parametrize(
+    ("dataset_json", "spoil"),
+    [(DATASET_JSON, swap_labels), (REGIONS, paint_in_another_order)],
+    ids=["plain", "regions"],
+)
+def test_labels_that_changed_are_noticed(
+    tmp_path: Path, dataset_json: dict[str, Any], spoil: Callable[[dict[str, Any]], None]
+) -> None:
+    """No channel differs: it is what nnU-Net makes of them."""
+    model = make_model_folder(tmp_path, dataset_json, folds=(0,))
+    plus = add_tumors(model, [TumorRequest("liver cyst")]).folder
+    edit_json(plus / "dataset.json", spoil)
+    with pytest.raises(ZePTError, match=r"another label in \d+ of 4096 voxels"):
+        check_unchanged(model, plus, "3d_fullres")
+
+
+def test_every_checkpoint_of_a_fold_is_run(model: Path) -> None:
+    path = model / "fold_1" / "checkpoint_best.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    next(v for k, v in checkpoint["network_weights"].items() if k.startswith("support_heads.2")).fill_(float("nan"))
+    path.unlink()
+    torch.save(checkpoint, path)
+    with pytest.raises(ZePTError, match=r"fold_1/checkpoint_best\.pth: with the change"):
+        add_tumors(model, [PANCREAS])
+    assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
 # ---------------------------------------------------------------------------------------------------- several folders
+def make_ensemble(model: Path, other: Path) -> Path:
+    """As nnUNetv2_find_best_configuration leaves it, where it is the best."""
+    ensemble = model.parent / "ensembles" / f"ensemble___{model.name}___{other.name}___0_1"
+    ensemble.mkdir(parents=True)
+    for name in ("plans.json", "dataset.json"):
+        shutil.copyfile(model / name, ensemble / name)
+    (ensemble / "postprocessing.pkl").write_bytes(b"pkl")
+    return ensemble
+
+
+def test_a_full_disk_when_an_ensemble_is_written(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ensemble = make_ensemble(model, second_model(model))
+    (ensemble / "postprocessing.pkl").write_bytes(bytes(4 * (model / "plans.json").stat().st_size))
+    before = sorted(model.parent.rglob("*"))
+    for flags in ([], ["-o", str(model.parent / "new" / "deep")]):
+        with disk_of(between(model / "plans.json", ensemble / "postprocessing.pkl")):
+            assert main(["add-tumor", str(ensemble), "--name", "pancreas tumor", *flags]) == 1
+        error = capsys.readouterr().err
+        assert "File too large" in error and "_plus__3d_lowres___0_1/postprocessing.pkl)" in error
+        assert sorted(model.parent.rglob("*")) == before
+
+
 def second_model(model: Path, name: str = "ZePTTrainer__nnUNetPlans__3d_lowres") -> Path:
     other = model.parent / name
     shutil.copytree(model, other)
@@ -442,13 +563,29 @@ def test_several_folders_all_or_none(model: Path) -> None:
     assert len(list((model.parent / "elsewhere").glob("*nnUNetPlans_plus__3d_*"))) == 2
 
 
+def test_a_broken_model_leaves_no_folder_that_was_made_on_the_way(model: Path) -> None:
+    other = second_model(model)
+    (other / "fold_1" / "checkpoint_final.pth").write_bytes(b"broken")
+    argv = ["add-tumor", str(model), str(other), "--name", "pancreas tumor", "-o"]
+    (model.parent / "there").mkdir()
+    assert main([*argv, str(model.parent / "new" / "deep")]) == 1
+    assert main([*argv, str(model.parent / "there" / "deep")]) == 1
+    assert not (model.parent / "new").exists() and not list((model.parent / "there").iterdir())
+
+
+def test_an_ensemble_with_a_cascade_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = second_model(model, "ZePTTrainer__nnUNetPlans__3d_cascade_fullres")
+    ensemble = make_ensemble(model, other)
+    edit_json(other / "plans.json", lambda p: p["configurations"]["3d_fullres"].update(previous_stage="3d_lowres"))
+    before = sorted(model.parent.rglob("*"))
+    assert main(["add-tumor", str(ensemble), "--name", "pancreas tumor"]) == 1
+    assert f"{other} is the second stage of a cascade" in capsys.readouterr().err
+    assert sorted(model.parent.rglob("*")) == before
+
+
 def test_an_ensembles_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = second_model(model)
-    ensemble = model.parent / "ensembles" / f"ensemble___{model.name}___{other.name}___0_1"
-    ensemble.mkdir(parents=True)
-    for name in ("plans.json", "dataset.json"):
-        shutil.copyfile(model / name, ensemble / name)
-    (ensemble / "postprocessing.pkl").write_bytes(b"pkl")
+    ensemble = make_ensemble(model, other)
     assert main(["add-tumor", str(ensemble), "--name", "pancreas tumor"]) == 0
     out = capsys.readouterr().out
     assert out.count("--save_probabilities") == 2 and "nnUNetv2_ensemble" in out
@@ -463,8 +600,8 @@ def test_an_ensembles_folder(model: Path, capsys: pytest.CaptureFixture[str]) ->
     back = model.parent / "back"
     assert main([*removal, "-o", str(back)]) == 0
     assert len(list((back / "ensembles").iterdir())) == 1 and len(list(back.glob("ZePT*"))) == 2
-    for name in ("plans.json", "dataset.json"):
-        assert next(back.glob("*lowres")).joinpath(name).read_bytes() == (other / name).read_bytes()
+    assert json_files(next(back.glob("*lowres"))) == json_files(other)
+    assert json_files(next((back / "ensembles").iterdir())) == json_files(ensemble)
     shutil.rmtree(other)
     assert main(["add-tumor", str(ensemble), "--name", "pancreas cyst"]) == 1
     assert "not there" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from tests.inference.model_folder import make_model_folder
 from tests.small_plans import make_network
 from zept_nnunet.cli import main
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.evaluation.retrieval import SUMMARY_COLUMNS
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors
-from zept_nnunet.inference.embeddings import embed_cases
+from zept_nnunet.inference.embeddings import BLANK_VALUES, embed_blank, embed_cases
 
 pytestmark = pytest.mark.filterwarnings("default")  # nnU-Net's own, in its predictor
 
@@ -49,8 +51,8 @@ def test_the_embeddings_are_those_that_training_aligns() -> None:
         embeddings, voxels = network.forward_embeddings(x)
     wanted = torch.cat((output.organ_embedding, output.tumor_embedding), 1)
     torch.testing.assert_close(embeddings, wanted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(voxels[:, :3], output.support[0].sigmoid().flatten(2).sum(2))
-    assert torch.equal(voxels[:, 3], voxels[:, 0])  # the liver tumor's host is the liver
+    maps = torch.cat((output.support[0], output.tumor[0]), 1)
+    assert torch.equal(voxels, (maps > 0).flatten(2).sum(2))
 
 
 def test_embeddings_of_scans(model: Path, images: Path) -> None:
@@ -63,14 +65,52 @@ def test_embeddings_of_scans(model: Path, images: Path) -> None:
     assert not np.allclose(small.embeddings, found["large", "0"].embeddings, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def finds_no_tumor(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its tumor maps are low everywhere; over many voxels what they say adds up."""
+    folder = tmp_path_factory.mktemp("blind") / "model"
+    shutil.copytree(model, folder)
+    path = folder / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    weights = checkpoint["network_weights"]
+    weights["deviation_weight"].fill_(-30.0)  # nothing but the heads speaks
+    for name, values in weights.items():
+        if name.startswith("tumor_heads.2."):
+            values.fill_(-3.0 if name.endswith("bias.bias") else 0.0)
+    torch.save(checkpoint, path)
+    return folder
+
+
+def test_a_class_that_the_model_does_not_find_has_no_embedding(finds_no_tumor: Path, images: Path) -> None:
+    for case in embed_cases(finds_no_tumor, images):
+        found = dict(zip(case.names, np.isfinite(case.embeddings).all(1), strict=True))
+        assert found["liver"] and not found["liver_tumor"] and not found["pancreas tumor"]
+
+
+def test_blank_images(model: Path, finds_no_tumor: Path, tmp_path: Path) -> None:
+    found = list(embed_blank(model, ("0", "1")))
+    assert [(c.case, c.fold) for c in found] == [(f"blank {v:g}", f) for f in ("0", "1") for v in BLANK_VALUES]
+    for case in embed_blank(finds_no_tumor):
+        assert np.isfinite(case.embeddings).all(1).tolist()[3:] == [False] * 3  # organs come first
+    flat = make_model_folder(tmp_path, dimensions=2, folds=(0,))
+    assert len(list(embed_blank(flat))) == len(BLANK_VALUES)
+
+
 def test_command(model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["knowledge", "retrieve", "-m", str(model), "-i", str(images), "-o", str(tmp_path / "out")]
     assert main(argv) == 0
-    assert "(unseen classes)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "(unseen classes)" in out and "swapped1" in out and "Blank images: patches" in out
     table = pd.read_csv(tmp_path / "out" / "retrieval.csv")
     assert len(table) == 2 * 2 * 6 and set(table[~table["seen"]]["class"]) == {"pancreas tumor"}
     assert set(table["number"]) == {6, 308} and table["rank"].between(1, 308).all()
-    assert (tmp_path / "out" / "embeddings.png").is_file() and (tmp_path / "out" / "summary.csv").is_file()
+    assert (tmp_path / "out" / "embeddings.png").is_file()
+    summary = pd.read_csv(tmp_path / "out" / "summary.csv")
+    assert list(summary.columns) == ["candidates", "seen", "class", *SUMMARY_COLUMNS]
+    assert len(summary) == 2 * (6 + 2) and summary[[*SUMMARY_COLUMNS]].notna().all().all()
+    of_all = summary.set_index(["candidates", "class"]).loc["model's classes"]
+    assert of_all.loc["liver", "blank images"] == 5 and of_all.loc["(seen classes)", "blank images"] == 25
+    assert of_all.loc["liver", ["chance1", "embeddings"]].tolist() == [pytest.approx(1 / 6, abs=1e-4), 2]
 
 
 def test_what_cannot_be_embedded(model: Path, tmp_path: Path) -> None:

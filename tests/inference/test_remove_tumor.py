@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from tests.inference.model_folder import make_model_folder, read_json
-from tests.inference.test_add_tumor import PANCREAS, REGIONS
+from tests.inference.test_add_tumor import PANCREAS, REGIONS, json_files
 from tests.small_plans import DATASET_JSON
 from zept_nnunet.cli import main
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors, declared_requests
+from zept_nnunet.inference.calibrate import write_thresholds
 from zept_nnunet.inference.remove_tumor import remove_tumors
 
 DECLARED: dict[str, Any] = DATASET_JSON | {
@@ -25,10 +26,6 @@ IGNORE: dict[str, Any] = DATASET_JSON | {"labels": {**DATASET_JSON["labels"], "i
 NULL: dict[str, Any] = DATASET_JSON | {"zept": None}
 
 
-def json_files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ("plans.json", "dataset.json")}
-
-
 @pytest.mark.parametrize(
     "dataset_json", [DATASET_JSON, REGIONS, DECLARED, IGNORE, NULL], ids="plain regions zept ignore null".split()
 )
@@ -38,11 +35,13 @@ def test_removing_all_gives_the_trained_model_back_to_the_bit(
 ) -> None:
     model = make_model_folder(tmp_path, dataset_json, folds=(0,))
     for name in ("plans.json", "dataset.json"):
-        (model / name).write_text(json.dumps(read_json(model / name), **layout), encoding="utf-8")
+        for folder in (model, model / "crossval_results_folds_0_1"):
+            (folder / name).write_text(json.dumps(read_json(folder / name), **layout), encoding="utf-8")
     first = add_tumors(model, declared_requests(model) if dataset_json is DECLARED else [TumorRequest("liver cyst")])
     second = add_tumors(first.folder, [TumorRequest("spleen lesion", ("spleen",), "dark, with a müde edge")])
     back = remove_tumors(second.folder, [t[0] for t in (*first.tumors, *second.tumors)], tmp_path / "back")
     assert json_files(back.folder) == json_files(model) and back.tumors == ()
+    assert len(json_files(model)) == 4
     checkpoint = "fold_0/checkpoint_final.pth"
     assert (back.folder / checkpoint).read_bytes() == (model / checkpoint).read_bytes()
 
@@ -66,6 +65,30 @@ def test_the_default_output_is_the_folder_without_plus(tmp_path: Path) -> None:
     model.rename(tmp_path / "elsewhere")
     assert main(argv) == 0
     assert json_files(model) == before
+
+
+def test_copies_that_are_older_than_thresholds(tmp_path: Path) -> None:
+    """Cross-validation, then zept calibrate: nnU-Net's copies of plans.json lack its thresholds."""
+    model = make_model_folder(tmp_path, folds=(0,))
+    write_thresholds(model, {"liver_tumor": {"logit": 1.5}})
+    added = add_tumors(model, [PANCREAS])
+    write_thresholds(added.folder, {"liver_tumor": {"logit": 1.5}, "pancreas tumor": {"logit": 0.5}})
+    back = remove_tumors(added.folder, ["pancreas tumor"], tmp_path / "back")
+    assert json_files(back.folder) == json_files(model)
+
+
+def test_a_2d_model(tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path, dimensions=2)
+    added = add_tumors(model, [PANCREAS, TumorRequest("spleen cyst", ("spleen",))])
+    assert added.folder.name == "ZePTTrainer__nnUNetPlans_plus__2d"
+    left = remove_tumors(added.folder, ["pancreas tumor"], tmp_path / "left")
+    assert left.tumors == (("spleen cyst", 6, ("spleen",)),)
+    back = remove_tumors(left.folder, ["spleen cyst"], tmp_path / "back")
+    assert json_files(back.folder) == json_files(model)
+    assert (
+        sorted(p.name for p in back.folder.glob("fold_*/*.pth"))
+        == ["checkpoint_best.pth"] * 2 + ["checkpoint_final.pth"] * 2
+    )
 
 
 def test_regions_keep_their_labels_and_moves_are_told(tmp_path: Path) -> None:

@@ -166,10 +166,11 @@ def _change(args: argparse.Namespace, change: Callable[[Path], AddedTumors], don
     folders: list[Path] = args.model_folder
     if len(folders) > 1 and any(map(is_ensemble, folders)):
         raise ZePTError("an ensemble's folder stands for all of its members: give it alone")
+    parent = None if args.o is None else Path(args.o)
     if is_ensemble(folders[0]):
-        changed, ensemble = change_ensemble(folders[0], change, None if args.o is None else Path(args.o))
+        changed, ensemble = change_ensemble(folders[0], change, parent)
     else:
-        changed, ensemble = change_all(folders, change), None
+        changed, ensemble = change_all(folders, change, parent if len(folders) > 1 else None), None
     for one in changed:
         for name, label, hosts in one.tumors:
             print(f"{done} {name!r}: label {label}, host {', '.join(hosts) if hosts else 'whole body'}")

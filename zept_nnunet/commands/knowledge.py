@@ -56,7 +56,8 @@ def register(subparsers: Any) -> None:
         help="does each query of a trained model find its own description?",
         description="Compare what each query took from the images (without what it was generated from) with "
         "descriptions: rank of its own among the model's classes and among all built-in ones, for seen and unseen "
-        "classes. Writes retrieval.csv, summary.csv and embeddings.png.",
+        "classes, beside controls: chance, embeddings of other classes, blank images. Writes retrieval.csv, "
+        "summary.csv and embeddings.png.",
     )
     sub.add_argument("-m", metavar="MODEL_FOLDER", type=Path, required=True, help="TRAINER__PLANS__CONFIGURATION")
     sub.add_argument("-i", metavar="IMAGES", type=Path, required=True, help="folder with CASE_0000 files")
@@ -189,8 +190,8 @@ def run_retrieve(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from zept_nnunet.evaluation.retrieval import plot_embeddings, retrieval_table, summarize
-    from zept_nnunet.inference.embeddings import embed_cases
+    from zept_nnunet.evaluation.retrieval import CONTROLS, plot_embeddings, retrieval_table, summarize, swapped
+    from zept_nnunet.inference.embeddings import embed_blank, embed_cases
     from zept_nnunet.inference.model_folder import read_json
     from zept_nnunet.knowledge import KnowledgeBank, built_in
     from zept_nnunet.knowledge.catalog import catalog
@@ -213,16 +214,23 @@ def run_retrieve(args: argparse.Namespace) -> int:
     else:
         print(f"the model's encoder is {bank.encoder}: only its own classes are compared")
     unseen = [t.name for t in taxonomy.tumors if t.added]
-    found = embed_cases(args.m, args.i, args.f, args.chk, torch.device(args.device))
+    device = torch.device(args.device)
+    found = embed_cases(args.m, args.i, args.f, args.chk, device)
     cases = list(tqdm(found, desc="embed", unit="scan"))
     table = retrieval_table(cases, candidates, unseen)
     if table.empty:
-        raise ZePTError(f"the model finds none of its organs in the images of {args.i}: there is nothing to compare")
+        raise ZePTError(f"the model finds none of its classes in the images of {args.i}: there is nothing to compare")
+    blank = list(embed_blank(args.m, args.f, args.chk, device))
+    summary = summarize(
+        table,
+        retrieval_table(swapped(cases), candidates, unseen),
+        retrieval_table(blank, candidates, unseen, keep_missing=True),
+    )
     args.o.mkdir(parents=True, exist_ok=True)
-    summary = summarize(table)
     table.to_csv(args.o / "retrieval.csv", index=False)
     summary.to_csv(args.o / "summary.csv", float_format="%.4f")
     plot_embeddings(cases, own, unseen, args.o / "embeddings.png")
     print(summary.round(3).to_string())
+    print(textwrap.fill(CONTROLS, 110))
     print(f"written: {args.o}")
     return 0

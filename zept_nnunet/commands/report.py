@@ -37,6 +37,14 @@ def register(subparsers: Any) -> None:
         metavar="CSV",
         help="tables of benchmarks/zero_shot.py: more rows",
     )
+    parser.add_argument(
+        "--retrieval",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="what zept knowledge retrieve wrote: its table and its plot",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("-d", metavar="ID", help="dataset ID or name: its labelsTs and imagesTs in nnUNet_raw")
     source.add_argument("-r", type=Path, metavar="FOLDER", help="references; with --images")
@@ -63,12 +71,14 @@ def run(args: argparse.Namespace) -> int:
 
     from zept_nnunet.evaluation import html_methods, html_report
     from zept_nnunet.evaluation.html_cases import Folders
+    from zept_nnunet.evaluation.html_retrieval import read_retrieval
 
     specs = [html_methods.parse_method(text) for text in args.method]
     purposes = {name: recipe.purpose for name, recipe in RECIPES.items()}
     methods = [html_methods.read_method(n, folder, p, purposes.get(n, "")) for n, folder, p in specs]
     html_methods.check_methods(methods)
     committed = [m for path in args.results for m in html_methods.read_results(path, purposes)]
+    retrievals = [read_retrieval(folder) for folder in args.retrieval]
     source = find_dataset_json(args.d) if args.d is not None else None
     with_predictions = [m.predictions for m in methods if m.predictions is not None]
     if source is None and with_predictions:
@@ -81,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         folders = Folders.find(source.parent / "labelsTs", source.parent / "imagesTs", dataset_json)
     elif args.r is not None:
         folders = Folders.find(args.r, args.images, dataset_json)
-    page = html_report.Page(args.title, methods, committed, dataset_json, folders, args.classes, args.cases)
+    page = html_report.Page(args.title, methods, committed, dataset_json, folders, args.classes, args.cases, retrievals)
     text = html_report.render(page)
     html_report.write(args.o, text)
     print(f"written: {args.o} ({len(text.encode('utf-8')) / 1e6:.1f} MB)")

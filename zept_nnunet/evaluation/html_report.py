@@ -25,8 +25,10 @@ from zept_nnunet.evaluation.html_cases import (
 )
 from zept_nnunet.evaluation.html_figures import color_index, curve_figure, healthy_figure
 from zept_nnunet.evaluation.html_methods import Cell, Key, Method, TumorClass, matched_rate, tumor_classes
+from zept_nnunet.evaluation.html_retrieval import Retrieval
 from zept_nnunet.evaluation.html_viewer import find_script, viewer_case
 from zept_nnunet.evaluation.report import FEW_HEALTHY
+from zept_nnunet.evaluation.retrieval import CONTROLS, SUMMARY_COLUMNS
 
 TEMPLATE = "html_report.html.j2"
 VIEWER_CASES = 2
@@ -52,6 +54,7 @@ class Page:
         folders: None: no cases and no viewer.
         classes: names of the tumors to show; None: all.
         cases: those to show; None: chosen automatically.
+        retrievals: of zept knowledge retrieve.
     """
 
     title: str
@@ -61,6 +64,7 @@ class Page:
     folders: Folders | None = None
     classes: Sequence[str] | None = None
     cases: Sequence[str] | None = None
+    retrievals: Sequence[Retrieval] = ()
 
 
 def render(page: Page) -> str:
@@ -93,6 +97,9 @@ def render(page: Page) -> str:
             healthy=[(c.name, healthy_figure(methods, c.name, rate, matched)) for c in classes],
             healthy_scans=_healthy_scans(page.methods, classes),
             few_healthy=FEW_HEALTHY,
+            retrievals=page.retrievals,
+            retrieval_titles=list(SUMMARY_COLUMNS.values()),
+            controls=CONTROLS,
             cases=shown,
             script=script,
             viewer=[case["volumes"] for case in shown if case["volumes"] is not None],

@@ -1,4 +1,4 @@
-"""Query embeddings of whole scans: the mean over sliding windows, weighted by how much of the organ each holds."""
+"""Embeddings of whole scans: the mean over sliding windows, weighted by how many voxels each class takes up in them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.predict import check_folds
 
-_LEAST_VOXELS = 20.0  # of an organ or of a tumor's hosts, in all windows together: less is none
+_LEAST_VOXELS = 20  # of a class in its own map, in all windows together: fewer, and the model does not find it
+BLANK_VALUES = (-2.0, -1.0, 0.0, 1.0, 2.0)  # intensities of constant patches, in normalized units
 
 
 @dataclass(frozen=True)
 class CaseEmbeddings:
-    """One scan and fold: class names and float32 (N, E), a row of NaN where the scan does not show the organ."""
+    """One scan and fold: class names and float32 (N, E), a row of NaN where the model does not find the class."""
 
     case: str
     fold: str
@@ -41,6 +43,49 @@ def embed_cases(
     Raises:
         ZePTError: the folder is no model of a ZePT trainer, a fold is missing, or there is no image.
     """
+    predictor, names = _load(model_folder, folds, checkpoint_name, device)
+    ending = predictor.dataset_json["file_ending"]
+    files = create_lists_from_splitted_dataset_folder(str(images), ending)
+    if not files:
+        raise ZePTError(f"no images in {images}: wanted CASE_0000{ending}")
+    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+    for channels in files:
+        data, _, _ = preprocessor.run_case(
+            channels, None, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+        )
+        case = Path(channels[0]).name[: -len(f"_0000{ending}")]
+        for fold, weights in zip(folds, predictor.list_of_parameters, strict=True):
+            predictor.network.load_state_dict(weights)
+            yield CaseEmbeddings(case, fold, names, _embed(predictor, torch.as_tensor(data)))
+
+
+def embed_blank(
+    model_folder: Path,
+    folds: Sequence[str] = ("0",),
+    checkpoint_name: str = "checkpoint_final.pth",
+    device: torch.device | None = None,
+) -> Iterator[CaseEmbeddings]:
+    """Embed one patch of each constant intensity: what the model says where there is nothing to see.
+
+    Raises:
+        ZePTError: the folder is no model of a ZePT trainer, or a fold is missing.
+    """
+    predictor, names = _load(model_folder, folds, checkpoint_name, device)
+    channels = determine_num_input_channels(
+        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    )
+    for fold, weights in zip(folds, predictor.list_of_parameters, strict=True):
+        predictor.network.load_state_dict(weights)
+        for value in BLANK_VALUES:
+            shape = [1, *predictor.configuration_manager.patch_size][-3:]  # of a 2D model one slice
+            patch = torch.full((channels, *shape), value)
+            yield CaseEmbeddings(f"blank {value:g}", fold, names, _embed(predictor, patch))
+
+
+def _load(
+    model_folder: Path, folds: Sequence[str], checkpoint_name: str, device: torch.device | None
+) -> tuple[nnUNetPredictor, tuple[str, ...]]:
+    """A predictor with the network on its device, and the classes."""
     check_folds(model_folder, folds, checkpoint_name)
     predictor = nnUNetPredictor(
         device=device or torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False
@@ -49,28 +94,16 @@ def embed_cases(
     network: Any = predictor.network
     if not hasattr(network, "forward_embeddings"):
         raise ZePTError(f"{model_folder} was not trained by a ZePT trainer: it has no queries to compare with texts")
-    ending = predictor.dataset_json["file_ending"]
-    files = create_lists_from_splitted_dataset_folder(str(images), ending)
-    if not files:
-        raise ZePTError(f"no images in {images}: wanted CASE_0000{ending}")
     if not network.predict_tumors:
         raise ZePTError(f"{model_folder} is a stage I model: it has no tumor queries yet")
-    names = tuple(c.name for c in network.taxonomy.classes)
-    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
-    network = network.to(predictor.device).eval()
-    for channels in files:
-        data, _, _ = preprocessor.run_case(
-            channels, None, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-        )
-        case = Path(channels[0]).name[: -len(f"_0000{ending}")]
-        for fold, weights in zip(folds, predictor.list_of_parameters, strict=True):
-            network.load_state_dict(weights)
-            yield CaseEmbeddings(case, fold, names, _embed(predictor, network, torch.as_tensor(data)))
+    predictor.network = network.to(predictor.device).eval()
+    return predictor, tuple(c.name for c in network.taxonomy.classes)
 
 
 @torch.inference_mode()
-def _embed(predictor: nnUNetPredictor, network: Any, data: torch.Tensor) -> np.ndarray:
+def _embed(predictor: nnUNetPredictor, data: torch.Tensor) -> np.ndarray:
     """(C, *) → (N, E)."""
+    network: Any = predictor.network
     patch = predictor.configuration_manager.patch_size
     padded, _ = pad_nd_image(data, patch, "constant", {"value": 0}, True, None)
     total: Any = 0.0

@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,31 @@ def refuse_cascade(source: Path, plans: Mapping[str, Any], configuration: str) -
     )
 
 
+@contextmanager
+def new_parents(folder: Path) -> Iterator[None]:
+    """After an error the folder and its parents are removed again, those that were not there before and are empty."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for made in missing:
+                if made.exists():
+                    made.rmdir()
+        raise
+
+
+@contextmanager
+def written_as(target: Path, scratch: Path) -> Iterator[None]:
+    """An error of the system names the file below `target` that could not be written, not a scratch or source file."""
+    try:
+        yield
+    except OSError as error:
+        name = str(error.filename2 or error.filename or target)
+        error.filename, error.filename2 = name.replace(str(scratch), str(target)), None
+        raise
+
+
 def write_model(
     source: Path,
     target: Path,
@@ -184,39 +209,61 @@ def write_model(
     check: Callable[[Path], None],
 ) -> bool:
     """Build the folder under a name of its own beside `target`, check it, rename it. True: something is a hard link."""
-    made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
     building = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     linked = False
-    try:
-        building.mkdir()
-        for name, content in (("plans.json", plans), ("dataset.json", dataset_json)):
-            (building / name).write_text(dump_like(source / name, content), encoding="utf-8")
-        _copy(source, building, "dataset_fingerprint.json")
-        for fold in folds:
-            for name in _FOLD_FILES:
-                _copy(source / fold, building / fold, name)
-            for name in CHECKPOINTS:
-                if (source / fold / name).is_file():
-                    linked |= _link(source / fold / name, building / fold / name, copy_checkpoints)
-        for crossval in sorted(source.glob("crossval_results_folds_*")):
-            # determined on the trained labels: it goes on to hold for them, and leaves the added one alone
-            for name in _CROSSVAL_FILES:
-                _copy(crossval, building / crossval.name, name)
-            for name in ("plans.json", "dataset.json"):
-                if (crossval / name).is_file():
-                    _copy(building, building / crossval.name, name)
-        check(building)
-        if os.path.lexists(target):
-            raise ZePTError(f"the output {target} appeared while it was being built; remove it, or give another -o")
-        building.rename(target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        with suppress(OSError):
-            for parent in made:
-                parent.rmdir()
-        raise
+    with new_parents(target.parent):
+        try:
+            with written_as(target, building):
+                building.mkdir(parents=True)
+                for name, content in (("plans.json", plans), ("dataset.json", dataset_json)):
+                    _write(building / name, dump_like(source / name, content))
+                _copy(source, building, "dataset_fingerprint.json")
+                for fold in folds:
+                    for name in _FOLD_FILES:
+                        _copy(source / fold, building / fold, name)
+                    for name in CHECKPOINTS:
+                        if (source / fold / name).is_file():
+                            linked |= _link(source / fold / name, building / fold / name, copy_checkpoints)
+                for crossval in sorted(source.glob("crossval_results_folds_*")):
+                    # determined on the trained labels: it goes on to hold for them, and leaves the added one alone
+                    for name in _CROSSVAL_FILES:
+                        _copy(crossval, building / crossval.name, name)
+                    update_copies(crossval, building / crossval.name, plans, dataset_json)
+            check(building)
+            if os.path.lexists(target):
+                raise ZePTError(f"the output {target} appeared while it was being built; remove it, or give another -o")
+            building.rename(target)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
     return linked
+
+
+def update_copies(source: Path, target: Path, plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> None:
+    """What becomes of copies that nnU-Net made of a model's plans.json and dataset.json, in the folder `source`.
+
+    Thresholds stay those of the copy, which may be older than they are: removing what was added gives it back.
+    """
+    for name, content in (("plans.json", plans), ("dataset.json", dataset_json)):
+        if not (source / name).is_file():
+            continue
+        if name == "plans.json":
+            own = (read_json(source / name).get("zept") or {}).get("thresholds", {})
+            kept = {t["name"] for t in content["zept"]["taxonomy"]["tumors"]}
+            own = {tumor: entry for tumor, entry in own.items() if tumor in kept}
+            block = {key: value for key, value in content["zept"].items() if key != "thresholds"}
+            content = {**content, "zept": block | ({"thresholds": own} if own else {})}
+        target.mkdir(parents=True, exist_ok=True)
+        _write(target / name, dump_like(source / name, content))
+
+
+def _write(path: Path, text: str) -> None:
+    """Path.write_text, whose errors do not name the file."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _copy(source: Path, target: Path, name: str) -> None:

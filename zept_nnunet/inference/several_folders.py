@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from zept_nnunet.datasets.raw_folder import new_dataset
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import AddedTumors
+from zept_nnunet.inference.model_folder import new_parents, read_json, update_copies, written_as
 
 _PREFIX = "ensemble___"
 _FILES = ("postprocessing.pkl", "postprocessing.json", "summary.json")
@@ -33,16 +35,19 @@ def members(ensemble: Path) -> list[Path]:
     return found
 
 
-def change_all(folders: Sequence[Path], change: Callable[[Path], AddedTumors]) -> list[AddedTumors]:
-    """Change each folder. Where one fails, what was written for the others is removed again."""
+def change_all(
+    folders: Sequence[Path], change: Callable[[Path], AddedTumors], parent: Path | None = None
+) -> list[AddedTumors]:
+    """Change each folder. Where one fails, what was written for the others is removed again, and a new `parent`."""
     done: list[AddedTumors] = []
-    try:
-        for folder in folders:
-            done.append(change(folder))
-    except BaseException:
-        for changed in done:
-            shutil.rmtree(changed.folder, ignore_errors=True)
-        raise
+    with nullcontext() if parent is None else new_parents(parent.absolute()):
+        try:
+            for folder in folders:
+                done.append(change(folder))
+        except BaseException:
+            for changed in done:
+                shutil.rmtree(changed.folder, ignore_errors=True)
+            raise
     return done
 
 
@@ -59,21 +64,26 @@ def change_ensemble(
         ZePTError: a member is missing or cannot be changed, or the new ensemble's folder exists; nothing is left then.
     """
     here = ensemble.resolve()
-    changed = change_all(members(ensemble), change)
-    folds = here.name.split("___")[-1]
     folder = here.parent if parent is None else parent.absolute() / "ensembles"
-    target = folder / "___".join((_PREFIX.rstrip("_"), *(c.folder.name for c in changed), folds))
-    try:
-        if target.exists():
-            raise ZePTError(f"the ensemble's folder {target} exists already; remove it")
-        with new_dataset(target) as scratch:
-            for name in _FILES:
-                if (here / name).is_file():
-                    shutil.copyfile(here / name, scratch / name)
-            for name in ("plans.json", "dataset.json"):
-                shutil.copyfile(changed[0].folder / name, scratch / name)
-    except BaseException:
-        for c in changed:
-            shutil.rmtree(c.folder, ignore_errors=True)
-        raise
+    with new_parents(folder):
+        changed = change_all(members(ensemble), change)
+        target = folder / "___".join(
+            (_PREFIX.rstrip("_"), *(c.folder.name for c in changed), here.name.split("___")[-1])
+        )
+        try:
+            _write_ensemble(here, changed[0].folder, target)
+        except BaseException:
+            for c in changed:
+                shutil.rmtree(c.folder, ignore_errors=True)
+            raise
     return changed, target
+
+
+def _write_ensemble(old: Path, member: Path, target: Path) -> None:
+    if target.exists():
+        raise ZePTError(f"the ensemble's folder {target} exists already; remove it")
+    with new_dataset(target) as scratch, written_as(target, scratch):
+        for name in _FILES:
+            if (old / name).is_file():
+                shutil.copyfile(old / name, scratch / name)
+        update_copies(old, scratch, read_json(member / "plans.json"), read_json(member / "dataset.json"))

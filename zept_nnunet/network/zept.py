@@ -229,12 +229,12 @@ class ZePT(nn.Module):
     def forward_embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the alignment compares with descriptions: the features where each class is, in knowledge space.
 
-        (B, C, *) → embeddings (B, Q + U, E), and (B, Q + U) how many voxels of the input each class takes up in its
-        map: the embedding of one that is not there says nothing. U counts trained and added tumors.
+        (B, C, *) → embeddings (B, Q + U, E), and (B, Q + U) in how many voxels of the input each class's map is above
+        one half: the embedding of one that is not there says nothing. U counts trained and added tumors.
         """
         features = self.decoder(self.encoder(x))
         queries = self._refine(x, features, self.hosts if self.predict_tumors else ())
-        voxels = self._class_maps(queries, features, len(features) - 1).float().sigmoid().flatten(2).sum(2)
+        voxels = (self._class_maps(queries, features, len(features) - 1) > 0).flatten(2).sum(2)
         if self.is_calibrated:
             return self._embed_regions(
                 queries.tokens, self._class_maps(queries, features, self.num_grouping - 1)
