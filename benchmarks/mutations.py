@@ -191,7 +191,7 @@ MUTATIONS = (
              "channels=(*self.channels, (name,)),",
              "channels=(*((*c, name) if {*hosts} & {*c} else c for c in self.channels), (name,)),", EFFECTS),
     Mutation("-", "without alignment its terms count all the same", f"{PACKAGE}/training/trainer.py",
-             "weights = {} if self.settings[\"alignment\"] else", "weights = {} if True else",
+             "float(self.settings[\"alignment\"]))", "1.0)",
              ("tests/training/test_trainer.py",)),
     Mutation("-", "organs that include tumors are not asked for", f"{PACKAGE}/training/trainer.py",
              "include = self.settings[\"organs_include_tumors\"]", "include = False",

@@ -58,7 +58,7 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 _TRAINING = {
-    "alignment": True,  # of queries with knowledge; without it those two terms count nothing
+    "alignment": 1.0,  # weight of its two terms, 0 for none
     "hiding_probability": 0.0,  # of a batch in which one labeled tumor type is treated as if it had no query
     "descriptions": "own",  # or "shuffled", a control: organs, and tumors, get those of others
     "learning_rate": 1e-3,  # of AdamW, at the start of nnU-Net's polynomial schedule
@@ -303,7 +303,7 @@ def check_settings(decoder: Mapping[str, Any], training: Mapping[str, Any], sour
                 wish, fits = f"one of {', '.join(_CHOICES[key])}", value in _CHOICES[key]
             elif isinstance(default, bool):
                 wish, fits = "true or false", isinstance(value, bool)
-            elif key in (*_SHARES, *_POSITIVE, "weight_decay"):
+            elif key in (*_SHARES, *_POSITIVE, "weight_decay", "alignment"):
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 if key in _SHARES:
                     wish, fits = "a number from 0 to 1", is_number and 0 <= value <= 1

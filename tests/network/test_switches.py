@@ -75,7 +75,7 @@ def test_settings_of_the_loss_the_targets_and_the_schedule_leave_the_network_as_
     dimensions: int, image: torch.Tensor
 ) -> None:
     settings = {
-        "alignment": False,
+        "alignment": 0.0,
         "organs_include_tumors": True,
         "unlabeled_host_weight": 0.0,
         "stage_one_share": 0.0,

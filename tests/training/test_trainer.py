@@ -271,7 +271,7 @@ def test_hiding_is_the_same_in_every_process_and_spares_what_nothing_can_replace
 def test_settings_of_the_plans_reach_the_training(results: Path) -> None:
     plans = make_plans()
     settings = {
-        "alignment": False,
+        "alignment": 0.0,
         "unlabeled_host_weight": 0.5,
         "synthetic_anomalies": False,
         "organs_include_tumors": True,
@@ -367,7 +367,7 @@ def unequal_terms(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set
 
 
 def test_without_alignment_the_loss_lacks_its_two_terms_and_nothing_else(results: Path) -> None:
-    trainers = two_trainers(alignment=False)
+    trainers = two_trainers(alignment=0.0)
     batch = make_batch(trainers[0])
     (a, total, terms), (b, less, same_terms) = (forward(t, batch) for t in trainers)
     assert differing(a, b) == set() and unequal_terms(terms, same_terms) == set()  # logged all the same

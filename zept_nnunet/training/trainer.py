@@ -151,7 +151,7 @@ class ZePTTrainer(KeepsSides):
 
     def _build_loss(self) -> nn.Module:
         batch_dice = self.configuration_manager.batch_dice and not (self.is_ddp and self.annotations.is_partial)
-        weights = {} if self.settings["alignment"] else {"query_to_knowledge": 0.0, "query_to_query": 0.0}
+        weights = dict.fromkeys(("query_to_knowledge", "query_to_query"), float(self.settings["alignment"]))
         return ZePTLoss(
             self._zept(), batch_dice, self.is_ddp, weights, float(self.settings["unlabeled_host_weight"])
         ).to(self.device)
