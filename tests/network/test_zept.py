@@ -235,15 +235,3 @@ def test_stage_one_trainer_predicts_no_tumor(dimensions: int, image: torch.Tenso
     network = make_network(dimensions, deep_supervision=False).eval()
     network.predict_tumors = False
     assert (network(image)[:, 4:] == -1000).all()
-
-
-@pytest.mark.parametrize("variant", ["zept", "paper"])
-def test_compiles_without_a_graph_break_in_both_stages(variant: str) -> None:
-    network = make_network(2, variant=variant).eval()
-    compiled = torch.compile(network, backend="eager", fullgraph=True)
-    x = torch.randn(2, 1, 16, 24)
-    for stage in (1, 2):
-        network.stage = stage
-        assert torch.allclose(compiled(x).support[0], network(x).support[0], atol=1e-5)
-    network.decoder.deep_supervision = False
-    assert torch.allclose(compiled(x), network(x), atol=1e-5)
