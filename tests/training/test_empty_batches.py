@@ -61,7 +61,7 @@ def test_ignored_voxels_alone_teach_nothing(
     block = build_block({**DATASET_JSON, "labels": LABELS}, settings=settings)
     trainer = enter_stage(make_trainer(tmp_path, monkeypatch, dimensions, block, LABELS), stage)
     terms = assert_finite_step(trainer, IGNORE)
-    assert {n for n in TERMS if terms[n] != 0} == (ALIGNMENT if stage == 2 else {"query_to_knowledge"})
+    assert not any(terms.values())
     heads = [trainer._zept().support_heads, trainer._zept().tumor_heads]
     gradients = [p.grad for head in heads for p in head.parameters() if p.grad is not None]
     assert gradients and not any(g.count_nonzero() for g in gradients)
