@@ -148,8 +148,9 @@ def test_add_tumor_for_all_folds_then_predict_export_and_install(
 
 
 def _json_files(*folders: Path) -> list[bytes]:
-    names = ("plans.json", "dataset.json")
-    return [p.read_bytes() for folder in folders for name in names for p in sorted(folder.rglob(name))]
+    """With their copies in cross-validation's results."""
+    names = [f"{parent}{name}" for parent in ("", "crossval_results_*/") for name in ("plans.json", "dataset.json")]
+    return [p.read_bytes() for folder in folders for name in names for p in sorted(folder.glob(name))]
 
 
 def test_add_tumor_to_an_ensemble_of_2d_and_3d_then_ensemble_and_postprocess(
@@ -196,7 +197,7 @@ def test_add_tumor_to_an_ensemble_of_2d_and_3d_then_ensemble_and_postprocess(
     back = [next((tmp_path / "back").glob(f"*__{c}")) for c in ("2d", "3d_fullres")]
     (ensemble_back,) = (tmp_path / "back" / "ensembles").iterdir()
     assert _json_files(*back, ensemble_back) == _json_files(*models, ensemble)
-    assert len(_json_files(*models, ensemble)) >= 10  # of two models, their cross-validations, and the ensemble
+    assert len(_json_files(*models, ensemble)) == 10  # of two models, their cross-validations, and the ensemble
     for folder in (grown, *(workspace.model(trained.name, c, plans="nnUNetPlans_plus") for c in ("2d", "3d_fullres"))):
         shutil.rmtree(folder)
 
