@@ -27,7 +27,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "score_in_maps": {"score_in_maps": True},
     "gate_at_voxels": {"gate": "voxel"},
     "no_alignment": {"alignment": 0.0},
-    "full_alignment": {"alignment": 1.0},
     "tenth_of_alignment": {"alignment": 0.1},
     "hundredth_of_alignment": {"alignment": 0.01},
     "shuffled_descriptions": {"descriptions": "shuffled"},

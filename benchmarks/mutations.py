@@ -153,7 +153,7 @@ MUTATIONS = (
              "if unlike is not None and k in self.added:", "if False:",
              ("tests/network/test_added.py", "tests/network/test_reference.py")),
     Mutation("-", "an added tumor's deviation fades at its host's edge", f"{NETWORK}/zept.py",
-             "unlike[:, list(hosts[k])].sum(1) if k in self.added else w for", "w for",
+             "unlike[:, list(hosts[k])].sum(1, dtype=torch.float32) if k in self.added else w", "w",
              ("tests/network/test_added.py",)),
     Mutation("-", "a mean of neighbors does not divide its gradient", f"{NETWORK}/pooling.py",
              "x = x / count if is_adjoint else x", "pass", ("tests/network/test_relative.py",)),

@@ -66,7 +66,9 @@ def test_the_figure_names_every_part_of_the_network(script: ModuleType) -> None:
 def test_the_committed_figure_is_the_one_that_is_drawn(script: ModuleType) -> None:
     """To the byte where matplotlib is the one that drew it, else by its texts and the number of its shapes."""
     drawn = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "zept"}):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever style a test before has set
+        mpl.rcParams["svg.hashsalt"] = "zept"
         FigureCanvasSVG(script.draw()).print_svg(drawn, metadata={"Date": None})
     pictures = [drawn.getvalue(), script.PICTURE.read_text(encoding="utf-8")]
     if f"Matplotlib v{mpl.__version__}," in pictures[1]:

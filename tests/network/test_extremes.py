@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from tests.network.narrow import narrow_block
 from tests.network.test_numerics import HALF, assert_finite, autocast
+from tests.small_plans import make_network
 from zept_nnunet.network.heads import at_thresholds
 from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction, less_certain
 from zept_nnunet.network.pooling import highest_nearby
 from zept_nnunet.network.relative import RelativeFeatures, RelativeHead
 from zept_nnunet.network.self_prompting import shrink_to
 from zept_nnunet.network.zept import deviation, inside_hosts
+from zept_nnunet.plans_block import add_tumor_to_block
 
 TYPES = (torch.float32, *HALF)
 ERROR = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -41,6 +44,29 @@ def test_thirty_hosts_that_all_say_the_same(logit: float, dtype: torch.dtype) ->
     torch.testing.assert_close(of_all[0].float(), organs * logit * share, rtol=1e-2, atol=0)
     torch.testing.assert_close(of_one[0].float(), logit * share, rtol=1e-2, atol=0)
     assert_finite(torch.autograd.grad(conjunction(support[:, 0].to(of_all.dtype), of_all).float().sum(), unlike))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("logit", [-2000.0, 2000.0])
+@torch.no_grad()
+def test_maps_of_tumors_in_thirty_hosts(logit: float, dtype: torch.dtype) -> None:
+    """Of one that training knows, and of one that was added: their evidence counts in different ways.
+
+    Of an added one thirty times 2,000 is what float16 can hold.
+    """
+    organs = {f"organ {i}": i for i in range(1, 31)}
+    block = narrow_block({"background": 0, **organs, "tumor": 31}, tumors={"tumor": {"hosts": [*organs]}})
+    network = make_network(2, block=add_tumor_to_block(block, "other tumor", tuple(organs), 32))
+    assert [len(h) for h in network.hosts] == [30, 30] and network.added == {1}
+    support = torch.tensor([-LARGE, -1.0, 1.0, LARGE], dtype=dtype).expand(1, 30, 4, 4)
+    features = [torch.randn(1, network.tumor_heads[-1].project.out_features, 4, 4).to(dtype)] * 3
+    args = torch.randn(1, 2, 16), network.hosts, features, -1, support, support, torch.full_like(support, logit)
+    with autocast(None if dtype == torch.float32 else dtype):
+        for floor in (None, 4.0):
+            maps, _ = network._tumor_maps(*args, floor=floor)
+            assert_finite(maps)
+            assert maps.shape == (1, 2, 4, 4)
+            assert ((maps[..., 2:] > 0) == (logit > 0)).all()  # where all organs are
 
 
 @pytest.mark.parametrize("dtype", HALF)

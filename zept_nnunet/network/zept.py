@@ -432,7 +432,10 @@ class ZePT(nn.Module):
             hints.append((nn.functional.softplus(self.score_weight), per_tumor))
         if unlike is not None:
             within = inside_hosts(support, unlike, hosts)
-            within = [unlike[:, list(hosts[k])].sum(1) if k in self.added else w for k, w in enumerate(within)]
+            within = [
+                unlike[:, list(hosts[k])].sum(1, dtype=torch.float32) if k in self.added else w
+                for k, w in enumerate(within)
+            ]
             hints.append((nn.functional.softplus(self.deviation_weight), within))
         maps = []
         support = support.detach()
