@@ -450,7 +450,7 @@ class ZePT(nn.Module):
             for weight, of_hosts in hints:
                 hint = of_hosts[k]
                 assert hint is not None  # as in_host is not
-                evidence = evidence + weight * hint.float()  # float16 cannot hold that of many hosts
+                evidence = evidence + weight * hint
             evidence = evidence if floor is None else less_certain(evidence, floor)
             maps.append(conjunction(in_host.to(evidence.dtype), evidence))
         return torch.stack(maps, 1), healthy
