@@ -156,7 +156,7 @@ MUTATIONS = (
              "unlike[:, list(hosts[k])].sum(1, dtype=torch.float32) if k in self.added else w", "w",
              ("tests/network/test_added.py",)),
     Mutation("-", "a mean of neighbors does not divide its gradient", f"{NETWORK}/pooling.py",
-             "x = x / count if is_adjoint else x", "pass", ("tests/network/test_relative.py",)),
+             "x = x / count if is_adjoint else x", "pass", ("tests/network/test_pooling.py",)),
     Mutation("-", "a hidden tumor's own map still counts", f"{PACKAGE}/losses/zept_loss.py",
              "tumors[:, hidden] = False", "pass", ("tests/losses/test_zept_loss.py",)),
     Mutation("-", "stage I trains what belongs to stage II", f"{PACKAGE}/training/trainer.py",
