@@ -202,12 +202,15 @@ def patch(kind: str, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]
 def test_relative_features_are_float32s_under_autocast(kind: str, pooling: int, size: tuple[int, ...]) -> None:
     x, support = patch(kind, size)
     features = torch.randn(2, 4, *size).half().float()  # what float16 can hold
-    relative = RelativeFeatures(2, 4, pooling=pooling)
-    wanted = relative(x, features, support)
+    relative = RelativeFeatures(2, 4, pooling=pooling, query_width=6)
+    assert relative.population_of is not None
+    torch.nn.init.normal_(relative.population_of.weight)
+    queries = torch.randn(2, 2, 6)
+    wanted = relative(x, features, support, queries)
     assert_finite(wanted)
     for dtype, inputs in itertools.product(HALF, INPUTS):
         with autocast(dtype):
-            found = relative(x, features.to(inputs), support)
+            found = relative(x, features.to(inputs), support, queries)
         assert found.dtype == torch.float32 and torch.equal(found, wanted)
 
 
