@@ -116,7 +116,8 @@ def test_gradients_of_more_organs_than_go_through_at_once() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for a CPU")
 def test_the_compiler_that_nnunet_uses() -> None:
     network = make(2, small_block(layers=1))
-    with torch._inductor.config.patch(fallback_random=True):  # eager mode's random numbers
+    # eager mode's random numbers; C++ that is not vectorized compiles in two thirds of the time
+    with torch._inductor.config.patch({"fallback_random": True, "cpp.simdlen": 1}):
         assert_trains_alike(network, torch.compile(network), torch.randn(2, 1, 16, 24))
 
 
