@@ -16,6 +16,7 @@ from tests.small_plans import make_network
 from zept_nnunet.network.heads import at_thresholds
 from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction, less_certain
 from zept_nnunet.network.pooling import highest_nearby
+from zept_nnunet.network.query_decoder import MaskHead
 from zept_nnunet.network.relative import RelativeFeatures, RelativeHead
 from zept_nnunet.network.self_prompting import shrink_to
 from zept_nnunet.network.zept import deviation, inside_hosts
@@ -56,7 +57,9 @@ def test_maps_of_tumors_in_thirty_hosts(logit: float, dtype: torch.dtype) -> Non
     network = make_network(2, block=add_tumor_to_block(block, "other tumor", tuple(organs), 32))
     assert [len(h) for h in network.hosts] == [30, 30] and network.added == {1}
     support = torch.tensor([-LARGE, -1.0, 1.0, LARGE], dtype=dtype).expand(1, 30, 4, 4)
-    features = [torch.randn(1, network.tumor_heads[-1].project.out_features, 4, 4).to(dtype)] * 3
+    head = network.tumor_heads[-1]
+    assert isinstance(head, MaskHead)
+    features = [torch.randn(1, head.project.out_features, 4, 4).to(dtype)] * 3
     args = torch.randn(1, 2, 16), network.hosts, features, -1, support, support, torch.full_like(support, logit)
     with autocast(None if dtype == torch.float32 else dtype):
         for floor in (None, 4.0):
