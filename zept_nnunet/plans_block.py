@@ -14,7 +14,7 @@ from zept_nnunet.knowledge import Description, KnowledgeBank, KnowledgeSource, b
 from zept_nnunet.knowledge.bank import PlannedText, planned_texts
 from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.knowledge.dataset import class_texts, declared_source
-from zept_nnunet.knowledge.texts import describe_abnormal, describe_organ, describe_tumor, refuse_twin
+from zept_nnunet.knowledge.texts import describe_abnormal, describe_organ, describe_tumor, is_users, refuse_twin
 from zept_nnunet.knowledge.vectors import text_key
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy
@@ -58,7 +58,7 @@ DECODER_SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 _TRAINING = {
-    "alignment": 1.0,  # weight of its two terms, 0 for none
+    "alignment": 0.1,  # weight of its two terms, 0 for none
     "hiding_probability": 0.0,  # of a batch in which one labeled tumor type is treated as if it had no query
     "descriptions": "own",  # or "shuffled", a control: organs, and tumors, get those of others
     "learning_rate": 1e-3,  # of AdamW, at the start of nnU-Net's polynomial schedule
@@ -201,7 +201,7 @@ def check_planned_texts(
     then = planned_texts(planned["knowledge"])
     stale = {n for n, text in then.items() if n in now and text.key != text_key(now[n].text)}
     stale |= {n for n, d in now.items() if n not in then and d.is_own}
-    own = sorted(n for n in stale if now[n].is_own or (n in then and then[n].origin == "own"))
+    own = sorted(n for n in stale if now[n].is_own or (n in then and is_users(then[n].origin)))
     edited = [f"the descriptions of {own} in dataset.json"] if own else []
     if stale - set(own):
         edited.append(f"the package's descriptions of {sorted(stale - set(own))}")
@@ -259,7 +259,7 @@ def check_own_texts(
 def _fits(given: Any, planned: PlannedText | None) -> bool:
     """Whether an entry of `zept.knowledge`, or its absence, is what a class's vector was made from."""
     if given is None:
-        return planned is None or not (planned.origin == "own" or planned.origin.startswith("like ("))
+        return planned is None or not is_users(planned.origin)
     if isinstance(given, Mapping):
         # its text is the package's, and may have changed: only the name counts. Earlier versions did not keep it
         entry = catalog().find(str(given.get("like", "")))

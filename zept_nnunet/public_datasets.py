@@ -43,6 +43,11 @@ def label_readings(dataset_json: Mapping[str, Any], source: str = "dataset.json"
     return {normalize_name(label): name for label, name in labels.items()}
 
 
+def read_as(name: str, readings: Mapping[str, str]) -> str:
+    """What a class name means by `label_readings`; most names mean themselves."""
+    return readings.get(normalize_name(name), name)
+
+
 def _find(name: Any) -> str | None:
     if not isinstance(name, str):
         return None

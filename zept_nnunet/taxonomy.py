@@ -27,7 +27,7 @@ from zept_nnunet.declarations import (
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.labels import RESERVED, LabelSet, read_labels
 from zept_nnunet.names import infer_hosts, infer_is_tumor, is_lateral, normalize_name
-from zept_nnunet.public_datasets import label_readings
+from zept_nnunet.public_datasets import label_readings, read_as
 
 __all__ = [
     "Organ",
@@ -117,7 +117,7 @@ class Taxonomy:
 
     def reading(self, name: str) -> str:
         """What a class name means: of "cancer" in MSD Lung "lung tumor"; most names mean themselves."""
-        return self.readings.get(normalize_name(name), name)
+        return read_as(name, self.readings)
 
     @property
     def next_label(self) -> int:
@@ -250,7 +250,7 @@ def _read(dataset_json: Mapping[str, Any], labels: LabelSet, source: str) -> Tax
     readings = label_readings(dataset_json, source)
 
     def read(name: str) -> str:
-        return readings.get(normalize_name(name), name)
+        return read_as(name, readings)
 
     def declaration(value: int) -> tuple[bool, dict[str, Any]] | None:
         """(is tumor, settings) where the block names the class, or a region that makes it a tumor."""

@@ -16,7 +16,7 @@ from zept_nnunet.cli import main
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.evaluation.retrieval import SUMMARY_COLUMNS
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors
-from zept_nnunet.inference.embeddings import BLANK_VALUES, embed_blank, embed_cases
+from zept_nnunet.inference.embeddings import BLANK_VALUES, Embedder
 
 pytestmark = pytest.mark.filterwarnings("default")  # nnU-Net's own, in its predictor
 
@@ -56,7 +56,7 @@ def test_the_embeddings_are_those_that_training_aligns() -> None:
 
 
 def test_embeddings_of_scans(model: Path, images: Path) -> None:
-    found = {(c.case, c.fold): c for c in embed_cases(model, images, ("0", "1"))}
+    found = {(c.case, c.fold): c for c in Embedder(model, ("0", "1")).cases(images)}
     assert set(found) == {("small", "0"), ("small", "1"), ("large", "0"), ("large", "1")}
     small = found["small", "0"]
     assert small.names == ("liver", "spleen", "pancreas", "liver_tumor", "spleen_tumor", "pancreas tumor")
@@ -82,18 +82,18 @@ def finds_no_tumor(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_a_class_that_the_model_does_not_find_has_no_embedding(finds_no_tumor: Path, images: Path) -> None:
-    for case in embed_cases(finds_no_tumor, images):
+    for case in Embedder(finds_no_tumor).cases(images):
         found = dict(zip(case.names, np.isfinite(case.embeddings).all(1), strict=True))
         assert found["liver"] and not found["liver_tumor"] and not found["pancreas tumor"]
 
 
 def test_blank_images(model: Path, finds_no_tumor: Path, tmp_path: Path) -> None:
-    found = list(embed_blank(model, ("0", "1")))
-    assert [(c.case, c.fold) for c in found] == [(f"blank {v:g}", f) for f in ("0", "1") for v in BLANK_VALUES]
-    for case in embed_blank(finds_no_tumor):
+    found = list(Embedder(model, ("0", "1")).blank())
+    assert [(c.case, c.fold) for c in found] == [(f"blank {v:g}", f) for v in BLANK_VALUES for f in ("0", "1")]
+    for case in Embedder(finds_no_tumor).blank():
         assert np.isfinite(case.embeddings).all(1).tolist()[3:] == [False] * 3  # organs come first
     flat = make_model_folder(tmp_path, dimensions=2, folds=(0,))
-    assert len(list(embed_blank(flat))) == len(BLANK_VALUES)
+    assert len(list(Embedder(flat).blank())) == len(BLANK_VALUES)
 
 
 def test_command(model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +115,6 @@ def test_command(model: Path, images: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_what_cannot_be_embedded(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ZePTError, match="no images in"):
-        next(embed_cases(model, tmp_path))
+        next(Embedder(model).cases(tmp_path))
     with pytest.raises(ZePTError, match=r"fold 3 has no checkpoint_final\.pth"):
-        next(embed_cases(model, tmp_path, ("3",)))
+        Embedder(model, ("3",))

@@ -74,6 +74,13 @@ def test_a_built_in_description_edited_after_planning_is_refused(monkeypatch: py
         check_planned_texts(planned, OWN, "plans.json", "zept plan -d 7")
 
 
+@pytest.mark.parametrize("removed", ["spleen", "liver_tumor"])  # own words, and a {"like": …}
+def test_a_description_that_the_user_removed_is_theirs(removed: str) -> None:
+    kept = {name: text for name, text in OWN["zept"]["knowledge"].items() if name != removed}
+    with pytest.raises(ZePTError, match=rf"^the descriptions of \['{removed}'\] in dataset.json are others"):
+        check_planned_texts(build_block(OWN), {**OWN, "zept": {"knowledge": kept}}, "plans.json")
+
+
 def test_the_trainer_refuses_it_and_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = {**make_plans(), "zept": build_block(DATASET_JSON)}
     monkeypatch.delenv("nnUNet_results", raising=False)

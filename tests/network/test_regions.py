@@ -64,11 +64,11 @@ def test_the_alignment_cannot_be_solved_by_the_queries(dimensions: int, image: T
 @torch.no_grad()
 def test_equal_regions_have_equal_embeddings_whatever_their_descriptions(dimensions: int, image: Tensor) -> None:
     network = make_network(dimensions).eval()
-    tokens = torch.randn(2, 30, network.to_tokens[0].out_features)
-    maps = torch.randn(2, 1, 30).expand(-1, 4, -1)
-    embedding = network._embed_regions(tokens, maps)
+    queries = network._refine(image, network.decoder(network.encoder(image)), network.hosts)
+    queries = queries._replace(tokens=torch.randn(2, 30, network.to_tokens[0].out_features))
+    embedding = network._embed(queries, torch.randn(2, 1, 30).expand(-1, 4, -1))
     assert torch.allclose(embedding, embedding[:, :1].expand_as(embedding), atol=1e-6)
-    nothing = network._embed_regions(tokens, torch.full((2, 3, 30), -200.0))
+    nothing = network._embed(queries, torch.full((2, 3, 30), -200.0))
     assert nothing.isfinite().all()
 
 

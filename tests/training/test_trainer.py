@@ -361,9 +361,10 @@ def forward(trainer: ZePTTrainer, batch: dict[str, Any]) -> tuple[ZePTOutput, to
     return output, loss, terms
 
 
-def unequal_terms(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
+def unequal_terms(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], rounding: float = 0.0) -> set[str]:
+    """Terms that differ; by more than `rounding` of their size where the order of summation may be another."""
     assert set(a) == set(b) == set(TERMS)
-    return {term for term in TERMS if not torch.equal(a[term], b[term])}
+    return {term for term in TERMS if not torch.isclose(a[term], b[term], rtol=rounding, atol=0)}
 
 
 def test_without_alignment_the_loss_lacks_its_two_terms_and_nothing_else(results: Path) -> None:
@@ -422,8 +423,8 @@ def test_without_synthetic_anomalies_the_loss_says_nothing_of_abnormal_tissue_th
     trainers = two_trainers(synthetic_anomalies=False)
     batch = make_batch(trainers[0], with_anomalies=False)
     (a, _, terms), (b, loss, others) = (forward(t, batch) for t in trainers)
-    assert unequal_terms(terms, others) == {"anomaly", "deviation"} | (differing(a, b) & {"tumor"})
-    assert not b.anomaly and others["anomaly"] == 0 and others["tumor"].item() == pytest.approx(terms["tumor"].item())
+    assert unequal_terms(terms, others, rounding=1e-5) == {"anomaly", "deviation"}
+    assert a.anomaly and not b.anomaly and others["anomaly"] == 0
     assert b.deviation is not None
     b.deviation.retain_grad()
     loss.backward()

@@ -191,7 +191,7 @@ def run_retrieve(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from zept_nnunet.evaluation.retrieval import CONTROLS, plot_embeddings, retrieval_table, summarize, swapped
-    from zept_nnunet.inference.embeddings import embed_blank, embed_cases
+    from zept_nnunet.inference.embeddings import Embedder
     from zept_nnunet.inference.model_folder import read_json
     from zept_nnunet.knowledge import KnowledgeBank, built_in
     from zept_nnunet.knowledge.catalog import catalog
@@ -215,16 +215,15 @@ def run_retrieve(args: argparse.Namespace) -> int:
         print(f"the model's encoder is {bank.encoder}: only its own classes are compared")
     unseen = [t.name for t in taxonomy.tumors if t.added]
     device = torch.device(args.device)
-    found = embed_cases(args.m, args.i, args.f, args.chk, device)
-    cases = list(tqdm(found, desc="embed", unit="scan"))
+    embedder = Embedder(args.m, args.f, args.chk, device)
+    cases = list(tqdm(embedder.cases(args.i), desc="embed", unit="scan"))
     table = retrieval_table(cases, candidates, unseen)
     if table.empty:
         raise ZePTError(f"the model finds none of its classes in the images of {args.i}: there is nothing to compare")
-    blank = list(embed_blank(args.m, args.f, args.chk, device))
     summary = summarize(
         table,
         retrieval_table(swapped(cases), candidates, unseen),
-        retrieval_table(blank, candidates, unseen, keep_missing=True),
+        retrieval_table(list(embedder.blank()), candidates, unseen, keep_missing=True),
     )
     args.o.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.o / "retrieval.csv", index=False)

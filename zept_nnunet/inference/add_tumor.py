@@ -32,7 +32,7 @@ from zept_nnunet.knowledge.dataset import declared_source, like, own_description
 from zept_nnunet.knowledge.texts import describe_tumor
 from zept_nnunet.labels import read_labels
 from zept_nnunet.names import infer_hosts, normalize_name, organs_named
-from zept_nnunet.public_datasets import label_readings
+from zept_nnunet.public_datasets import label_readings, read_as
 from zept_nnunet.taxonomy import Taxonomy, declared_unseen
 
 # what dataset.json holds that an added tumor changes; the plans keep it, for `zept remove-tumor`
@@ -133,7 +133,7 @@ def add_tumors(
     new_dataset_json = copy.deepcopy(dataset_json)
     for request in resolved:
         assert request.hosts is not None and request.label is not None
-        read_hosts = [readings.get(normalize_name(host), host) for host in request.hosts]
+        read_hosts = [read_as(host, readings) for host in request.hosts]
         description = describe_tumor(request.name, read_hosts, request.description)
         block = plans_block.add_tumor_to_block(
             block, request.name, request.hosts, request.label, description, knowledge

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from zept_nnunet.datasets.raw_folder import new_dataset
@@ -40,15 +40,20 @@ def change_all(
 ) -> list[AddedTumors]:
     """Change each folder. Where one fails, what was written for the others is removed again, and a new `parent`."""
     done: list[AddedTumors] = []
-    with nullcontext() if parent is None else new_parents(parent.absolute()):
-        try:
-            for folder in folders:
-                done.append(change(folder))
-        except BaseException:
-            for changed in done:
-                shutil.rmtree(changed.folder, ignore_errors=True)
-            raise
+    with nullcontext() if parent is None else new_parents(parent.absolute()), _removed_on_failure(done):
+        for folder in folders:
+            done.append(change(folder))
     return done
+
+
+@contextmanager
+def _removed_on_failure(changed: Iterable[AddedTumors]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for new in changed:
+            shutil.rmtree(new.folder, ignore_errors=True)
+        raise
 
 
 def change_ensemble(
@@ -70,12 +75,8 @@ def change_ensemble(
         target = folder / "___".join(
             (_PREFIX.rstrip("_"), *(c.folder.name for c in changed), here.name.split("___")[-1])
         )
-        try:
+        with _removed_on_failure(changed):
             _write_ensemble(here, changed[0].folder, target)
-        except BaseException:
-            for c in changed:
-                shutil.rmtree(c.folder, ignore_errors=True)
-            raise
     return changed, target
 
 

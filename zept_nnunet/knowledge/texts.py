@@ -23,12 +23,17 @@ class Description:
     @property
     def is_own(self) -> bool:
         """Whether the user chose it: their own words, or a built-in description of another name."""
-        return self.origin == "own" or self.origin.startswith("like (")
+        return is_users(self.origin)
 
     @property
     def entry(self) -> str | None:
         """The built-in description that it is."""
         return None if "(" not in self.origin else self.origin.split("(", 1)[1].removesuffix(")")
+
+
+def is_users(origin: str) -> bool:
+    """Whether a description of this origin was chosen by the user."""
+    return origin == "own" or origin.startswith("like (")
 
 
 def describe_organ(name: str, own: str | Description | None = None) -> Description:

@@ -115,18 +115,19 @@ def read_vectors(path: Path) -> VectorFile:
     return VectorFile(
         str(path),
         metadata.get("encoder", path.stem),
-        metadata.get("revision", _checksum(tensors)[:16]),
+        metadata.get("revision", _checksum(tensors, {})[:16]),
         next(iter(shapes))[0],
         {key: v for key, v in unit.items() if key.startswith(_BY_TEXT)},
         {name_key(key): v for key, v in unit.items() if not key.startswith(_BY_TEXT)},
     )
 
 
-def _checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> str:
-    """SHA-256 of the tensors, and of the encoder's name and revision in a file's header."""
+def _checksum(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
+    """SHA-256 of the tensors, and of the encoder's name and revision where the header has them."""
     digest = hashlib.sha256()
-    for key in ("encoder", "revision") if metadata is not None else ():
-        digest.update(f"{key}={(metadata or {}).get(key, '')}\0".encode())
+    for key in ("encoder", "revision"):
+        if key in header:
+            digest.update(f"{key}={header[key]}\0".encode())
     for key in sorted(tensors):
         digest.update(key.encode() + tensors[key].tobytes())
     return digest.hexdigest()

@@ -71,8 +71,6 @@ class AnnotatedDiceBCE(nn.Module):
             bce = F.binary_cross_entropy_with_logits(z, y.to(z.dtype), reduction="none")
             if valid is None:
                 bce = bce.mean()
-            elif weight is None:
-                bce = (bce * valid).sum() / valid.expand_as(bce).sum().clamp_min(1)
             else:  # class by class: how much one weighs must not depend on which others the same cases annotate
                 axes = [0, *range(2, bce.ndim)]
                 bce = ((bce * valid).sum(axes) / valid.sum(axes).clamp_min(1)).mean()

@@ -62,8 +62,10 @@ class ZePTLoss(nn.Module):
         """
         organs, tumors = is_annotated[:, : self.num_organs], is_annotated[:, self.num_organs :]
         tells_whose = self._tells_whose(organs, tumors)
-        labeled = (self._labels_tumors(organs, tumors) & tells_whose).cpu()
-        tells_healthy = organs & self._labels_all_tumors(tumors)
+        labels_tumors = self._labels_tumors(tumors)
+        # where a tumor is left out the label is the organ as a whole, and which of it is healthy is not said
+        tells_healthy = organs & labels_tumors
+        labeled = (self._labels_abnormal(organs, labels_tumors) & tells_whose).cpu()
         if hidden is not None:
             tumors = tumors.clone()
             tumors[:, hidden] = False
@@ -104,17 +106,18 @@ class ZePTLoss(nn.Module):
             weight = 1 - (1 - self.unlabeled_host_weight) * is_open.float()
         return self.segmentation(logits, wanted, labeled[:, organs], target.is_valid, weight)
 
-    def _labels_tumors(self, organs: Tensor, tumors: Tensor) -> Tensor:
-        """Organs whose abnormal voxels a case labels, bool (B, Q): its tumors are labeled, or nobody labels any and the
-        organ is labeled, so that it holds synthetic ones.
-
-        organs bool (B, Q), tumors bool (B, U): annotated.
-        """
-        labels = torch.zeros_like(organs)
-        labels[:, self.hold_anomalies] = organs[:, self.hold_anomalies]
+    def _labels_tumors(self, tumors: Tensor) -> Tensor:
+        """Organs of which a case labels each tumor that training knows, if any: bool (B, U) → bool (B, Q)."""
+        labels = tumors.new_ones(tumors.shape[0], self.num_organs)
         for organ, its in enumerate(self.tumors_of):
-            if its:
-                labels[:, organ] = tumors[:, its].all(1)
+            labels[:, organ] = tumors[:, its].all(1)
+        return labels
+
+    def _labels_abnormal(self, organs: Tensor, labels_tumors: Tensor) -> Tensor:
+        """Organs whose abnormal voxels a case labels: its tumors, or of an organ that holds synthetic ones, itself."""
+        labels = labels_tumors.clone()
+        labels[:, [organ for organ, its in enumerate(self.tumors_of) if not its]] = False
+        labels[:, self.hold_anomalies] = organs[:, self.hold_anomalies]
         return labels
 
     def _tells_whose(self, organs: Tensor, tumors: Tensor) -> Tensor:
@@ -130,16 +133,6 @@ class ZePTLoss(nn.Module):
                 tells[:, list(hosts)] &= ~is_open[:, None]
         return tells
 
-    def _labels_all_tumors(self, tumors: Tensor) -> Tensor:
-        """Organs without a tumor that training knows and the case does not label, bool (B, Q).
-
-        Where there is such a tumor, the organ's label is the organ as a whole, and which of it is healthy is not said.
-        """
-        labels = torch.ones(tumors.shape[0], self.num_organs, dtype=torch.bool, device=tumors.device)
-        for organ, its in enumerate(self.tumors_of):
-            labels[:, organ] = tumors[:, its].all(1)
-        return labels
-
     def _alignment(self, output: ZePTOutput, target: Targets, is_annotated: Tensor) -> tuple[Tensor, Tensor]:
         """Both terms. Ours are of the classes that a patch shows and its case labels; the published one is of all."""
         embedding, knowledge = output.organ_embedding, self.knowledge
@@ -147,12 +140,12 @@ class ZePTLoss(nn.Module):
             embedding = torch.cat((embedding, output.tumor_embedding), 1)
         n = embedding.shape[1]
         positives = self.positives[:n, :n]
+        if not self.is_calibrated:
+            return published_alignment(embedding, knowledge, positives, output.temperature), embedding.sum() * 0
         holds = torch.cat((target.support, target.tumor), 1)[:, :n]
         if target.is_valid is not None:
             holds = holds & target.is_valid
         is_shown = holds.flatten(2).any(2) & is_annotated[:, :n].to(holds.device)
-        if not self.is_calibrated:
-            return published_alignment(embedding, knowledge, positives, output.temperature), embedding.sum() * 0
         return (
             query_to_knowledge(embedding, knowledge, output.temperature, is_shown),
             query_to_query(embedding, positives, output.temperature, is_shown),

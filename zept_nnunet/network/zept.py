@@ -7,7 +7,7 @@ chosen by the plans' decoder settings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,15 +43,24 @@ def deviation(support: Tensor, unlike: Tensor) -> Tensor:
     return conjunction(support.detach().to(unlike.dtype), unlike)
 
 
-def inside_hosts(support: Tensor, unlike: Tensor, hosts: Sequence[Sequence[int]]) -> list[Tensor | None]:
+def inside_hosts(
+    support: Tensor, unlike: Tensor, hosts: Sequence[Sequence[int]], to_the_edge: Collection[int] = ()
+) -> list[Tensor | None]:
     """Σ_h σ(u_h)·unlike_h over the hosts of each tumor, (B, *), None without hosts; no gradient to `support`.
+
+    Of the tumors `to_the_edge`, by their place in `hosts`, it is Σ_h unlike_h.
 
     Not the log-odds of a conjunction: the tumor's map is gated by its hosts' support already, and where that support is
     weak, as at a lesion on the organ's surface, two gates would hide what one lets through. In float32: float16 cannot
     hold the sum of many hosts.
     """
     inside = support.detach().float().sigmoid()
-    return [(inside[:, list(h)] * unlike[:, list(h)]).sum(1) if h else None for h in hosts]
+    sums: list[Tensor | None] = []
+    for k, h in enumerate(hosts):
+        of_hosts = unlike[:, list(h)].float()
+        weighted = of_hosts if k in to_the_edge else inside[:, list(h)] * of_hosts
+        sums.append(weighted.sum(1) if h else None)
+    return sums
 
 
 def centered_on(evidence: Tensor, support: Tensor) -> Tensor:
@@ -235,12 +244,7 @@ class ZePT(nn.Module):
         features = self.decoder(self.encoder(x))
         queries = self._refine(x, features, self.hosts if self.predict_tumors else ())
         voxels = (self._class_maps(queries, features, len(features) - 1) > 0).flatten(2).sum(2)
-        if self.is_calibrated:
-            return self._embed_regions(
-                queries.tokens, self._class_maps(queries, features, self.num_grouping - 1)
-            ), voxels
-        refined = [q for q in (queries.organs, queries.tumors) if q is not None]
-        return self._embed_queries(torch.cat(refined, 1)), voxels
+        return self._embed(queries, self._class_maps(queries, features, self.num_grouping - 1)), voxels
 
     def _finest_maps(self, x: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, _Queries]:
         """healthy, tumor, support, anomaly at the finest scale, and the queries that they were made from."""
@@ -263,10 +267,7 @@ class ZePT(nn.Module):
         for scale in reversed(range(len(features))):  # fine to coarse
             if not self.is_calibrated and scale != len(features) - 1:
                 break  # the authors supervise the finest maps alone
-            if scale < self.num_grouping:
-                u, h = queries.coarse[scale]
-            else:
-                u, h = self._organ_maps(queries.organs, features, scale)
+            u, h = self._organ_maps_at(queries, features, scale)
             if queries.tumors is not None:
                 unlike = queries.unlike if scale == len(features) - 1 else None
                 deviates = deviates if unlike is None else deviation(u, unlike)
@@ -278,11 +279,7 @@ class ZePT(nn.Module):
                     anomaly.append(z[:, self.num_tumors :])
             support.append(u)
             healthy.append(h)
-        if self.is_calibrated:
-            embedding = self._embed_regions(queries.tokens, torch.cat(regions, 1))
-        else:
-            refined = [q for q in (queries.organs, queries.tumors) if q is not None]
-            embedding = self._embed_queries(torch.cat(refined, 1))
+        embedding = self._embed(queries, torch.cat(regions, 1))
         return ZePTOutput(
             support,
             healthy,
@@ -347,6 +344,11 @@ class ZePT(nn.Module):
     def _organ_maps(self, organs: Tensor, features: list[Tensor], scale: int) -> tuple[Tensor, Tensor]:
         support = self.support_heads[scale](organs, features[scale])
         return support, self.healthy_heads[scale](organs, features[scale]) if self.is_calibrated else support
+
+    def _organ_maps_at(self, queries: _Queries, features: list[Tensor], scale: int) -> tuple[Tensor, Tensor]:
+        """Of a scale of training: where queries are grouped by the grouping queries, elsewhere by the refined ones."""
+        is_grouped = scale < self.num_grouping
+        return queries.coarse[scale] if is_grouped else self._organ_maps(queries.organs, features, scale)
 
     def _score(self, support: Tensor, healthy: Tensor) -> Tensor:
         """Anomaly score map, without gradient: (B, Q, *) in log-odds, or the authors' (B, 1, *) in [0, 1]."""
@@ -431,11 +433,7 @@ class ZePT(nn.Module):
             per_tumor = [None if s is None else s.clamp(-limit, limit) for s in per_tumor]
             hints.append((nn.functional.softplus(self.score_weight), per_tumor))
         if unlike is not None:
-            within = inside_hosts(support, unlike, hosts)
-            within = [
-                unlike[:, list(hosts[k])].sum(1, dtype=torch.float32) if k in self.added else w
-                for k, w in enumerate(within)
-            ]
+            within = inside_hosts(support, unlike, hosts, to_the_edge=self.added)
             hints.append((nn.functional.softplus(self.deviation_weight), within))
         maps = []
         support = support.detach()
@@ -457,31 +455,28 @@ class ZePT(nn.Module):
 
     def _class_maps(self, queries: _Queries, features: list[Tensor], scale: int) -> Tensor:
         """Support of each organ and the map of each tumor at a scale of training: (B, Q + U, *), U 0 in stage I."""
-        is_grouped, is_finest = scale < self.num_grouping, scale == len(features) - 1
-        support, healthy = queries.coarse[scale] if is_grouped else self._organ_maps(queries.organs, features, scale)
+        support, healthy = self._organ_maps_at(queries, features, scale)
         if queries.tumors is None:
             return support
-        unlike = queries.unlike if is_finest else None
+        unlike = queries.unlike if scale == len(features) - 1 else None
         tumor, _ = self._tumor_maps(queries.tumors, self.hosts, features, scale, support, healthy, unlike)
         return torch.cat((support, tumor), 1)
 
-    def _embed_queries(self, queries: Tensor) -> Tensor:
-        """The authors': (B, N, D) → (B, N, E). A query comes from its description, so it may just repeat it."""
-        embedding: Tensor = self.knowledge_norm(self.to_knowledge(queries))
-        return embedding
+    def _embed(self, queries: _Queries, maps: Tensor) -> Tensor:
+        """Each class in knowledge space, (B, N, E); maps (B, N, *) logits at the finest grouped scale.
 
-    def _embed_regions(self, tokens: Tensor, maps: Tensor) -> Tensor:
-        """Ours: the mean token where a class is, by its map at the finest grouped scale, in knowledge space.
-
-        Nothing of a query but where it points enters, and there the gradient stops: a query is computed from its
-        description in every part, residuals and feed-forward layers too, and attention that is free to look anywhere
-        can spell a class by where it looks. Either would name the class whatever the image shows.
-
-        tokens (B, V, D), maps (B, N, *) logits on the tokens' grid → (B, N, E).
+        The authors': its query, which comes from its description and so may just repeat it. Ours: the mean token where
+        the class is, by its map. Nothing of a query but where it points enters, and there the gradient stops: a query
+        is computed from its description in every part, residuals and feed-forward layers too, and attention that is
+        free to look anywhere can spell a class by where it looks. Either would name the class whatever the image shows.
         """
-        weight = maps.detach().float().sigmoid().flatten(2)  # (B, N, V)
-        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
-        embedding: Tensor = self.knowledge_norm(self.to_knowledge(weight.to(tokens.dtype) @ tokens))
+        if self.is_calibrated:
+            weight = maps.detach().float().sigmoid().flatten(2)  # (B, N, V)
+            weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
+            of_classes = weight.to(queries.tokens.dtype) @ queries.tokens
+        else:
+            of_classes = torch.cat([q for q in (queries.organs, queries.tumors) if q is not None], 1)
+        embedding: Tensor = self.knowledge_norm(self.to_knowledge(of_classes))
         return embedding
 
     def _anchor(self) -> Tensor:
