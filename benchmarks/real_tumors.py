@@ -3,8 +3,9 @@
     python benchmarks/real_tumors.py --data DATA_FOLDER --seeds 1 --epochs 15 --iterations 250
 
 Training data hold tumors of kidneys and spleen, none of the liver: phantom cases, and deformed copies of a real CT with
-real organ labels into which synthetic lesions are inserted (DATA_FOLDER/abdomen_ct: example_ct.nii.gz and
-example_seg_fast_force_split.nii.gz of TotalSegmentator's test files). The test case is a real CT with real tumors
+the organ labels that TotalSegmentator gave it, into which synthetic lesions are inserted (DATA_FOLDER/abdomen_ct:
+example_ct.nii.gz and example_seg_fast_force_split.nii.gz of its test files). The liver holds synthetic anomalies, as
+any organ without labeled tumors, for every method that trains on them. The test case is a real CT with real tumors
 (DATA_FOLDER/liver_ct: ircadb_01_ct.nii.gz, and ircadb_01_liver_tumor.nii.gz with liver 1, tumor 2). Methods, plans,
 budget and evaluation are those of zero_shot.py. Figures go to results/real_tumors.csv. The pictures, in three planes,
 stay in the workspace: the data's licenses do not allow to publish them.
@@ -21,7 +22,7 @@ import SimpleITK as sitk
 from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm import tqdm
-from zero_shot import Workspace, arguments, matches, minutes_of, parse
+from zero_shot import Workspace, append_rows, arguments, matches, minutes_of, parse
 
 from zept_nnunet.datasets.insert_lesions import paint_into, plan_insertions
 from zept_nnunet.datasets.phantom import LABELS as PHANTOM_LABELS
@@ -39,6 +40,19 @@ TEST_CASE = "ircadb_01"
 REAL_LABELS = {"spleen": 1, "kidney right": 2, "kidney left": 3, "liver": 5, "stomach": 6, "pancreas": 7}
 PHANTOM_CASES, REAL_COPIES = 90, 60
 SPACING_MM = (6.0, 6.0, 7.5)  # X Y Z of the deformed copies: about that of the phantom's size small
+CONTENT = {
+    "channel_names": {"0": "CT"},
+    "labels": LABELS,
+    "numTraining": PHANTOM_CASES + REAL_COPIES,
+    "file_ending": ".nii.gz",
+    "overwrite_image_reader_writer": "SimpleITKIO",
+    "description": "Synthetic lesions in a CT phantom and in deformed copies of one real CT. One real test case. Not "
+    "for any clinical purpose, not to be published.",
+    "zept": {
+        "unseen": {UNSEEN: {"hosts": ["liver"], "label": UNSEEN_LABEL}},
+        "annotated": {f"{TEST_CASE}*": ["liver", UNSEEN]},
+    },
+}
 KEY = ["phantom", "configuration", "epochs", "iterations", "minutes", "method", "seed"]
 SHOWN = {"auroc": "AUROC in the liver", "fpr95": "FPR95 in the liver"}, {"dsc": "DSC", "lesion_recall": "lesion recall"}
 
@@ -107,22 +121,7 @@ def write_dataset(target: Path, data: Path) -> None:
         label.CopyInformation(reference)
         sitk.WriteImage(image, str(scratch / "imagesTs" / f"{TEST_CASE}_0000.nii.gz"))
         sitk.WriteImage(label, str(scratch / "labelsTs" / f"{TEST_CASE}.nii.gz"), useCompression=True)
-        write_dataset_json(
-            scratch,
-            {
-                "channel_names": {"0": "CT"},
-                "labels": LABELS,
-                "numTraining": PHANTOM_CASES + REAL_COPIES,
-                "file_ending": ".nii.gz",
-                "overwrite_image_reader_writer": "SimpleITKIO",
-                "description": "Synthetic lesions in a CT phantom and in deformed copies of one real CT. One real test "
-                "case. Not for any clinical purpose, not to be published.",
-                "zept": {
-                    "unseen": {UNSEEN: {"hosts": ["liver"], "label": UNSEEN_LABEL}},
-                    "annotated": {f"{TEST_CASE}*": ["liver", UNSEEN]},
-                },
-            },
-        )
+        write_dataset_json(scratch, CONTENT)
 
 
 Case = tuple[str, np.ndarray, np.ndarray, tuple[float, float, float]]
@@ -243,9 +242,9 @@ def main() -> None:
             rows = rows[(rows["class"].isin(("liver", UNSEEN))) & (rows["case"] == "mean")]
             rows = rows[["class", "seen", "scope", "metric", "value"]].assign(**key)
             rows["training_minutes"] = round(minutes_of(workspace, method, seed), 2)
-            RESULTS.parent.mkdir(exist_ok=True)
-            rows.to_csv(RESULTS, mode="a", header=not RESULTS.is_file(), index=False, float_format="%.5g")
-        print(draw(workspace, dataset, args.methods, seed))
+            append_rows(rows, RESULTS)
+        if all(workspace.predictions(method, seed, "test").is_dir() for method in args.methods):
+            print(draw(workspace, dataset, args.methods, seed))
     table = pd.read_csv(RESULTS)
     table = table[matches(table, settings) & (table["class"] == UNSEEN)]
     in_host, whole = SHOWN

@@ -198,7 +198,7 @@ class Workspace:
             self.run(seed, name, "nnUNetv2_train", *which, *device, *going_on, ZEPT_VALIDATE="0")  # nothing reads it
         if not grown.is_dir():
             self.run(seed, name, "zept", "add-tumor", trained, "--declared")
-        for split in splits or images:
+        for split in images if splits is None else splits:
             folder, out = images[split], self.predictions(name, seed, split)
             self.run(seed, name, "zept", "predict", "-m", grown, "-f", "0", "-i", folder, "-o", out, "--save_scores",
                      "--continue_prediction", "--disable_tta", "-device", self.args.device, "-npp", "1", "-nps",
@@ -284,12 +284,13 @@ def minutes_of(workspace: Workspace, method: str, seed: int, plans: str = PLANS)
     return float("nan")
 
 
-def arguments(description: str | None, names: tuple[str, ...], kind: str) -> argparse.ArgumentParser:
-    """Those that every comparison has; `kind` is what `names` are, "methods" or "variants"."""
+def arguments(description: str | None, names: tuple[str, ...] = (), kind: str = "") -> argparse.ArgumentParser:
+    """Those that every comparison has; `kind` is what `names` are, "methods" or "variants", where there is a choice."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small", choices=("tiny", "demo", "small", "full"))
     parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument(f"--{kind}", nargs="+", default=list(names), choices=names)
+    if names:
+        parser.add_argument(f"--{kind}", nargs="+", default=list(names), choices=names)
     parser.add_argument("--configuration", default="3d_fullres")
     parser.add_argument("--epochs", type=int, help="default: 20, unless --minutes is given")
     parser.add_argument("--iterations", type=int, default=50)
@@ -401,13 +402,21 @@ def measure(
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for rows in pool.map(rows_of, todo):
-            results.parent.mkdir(exist_ok=True)
             columns = [*KEY, *(c for c in rows.columns if c not in KEY)]
-            rows[columns].to_csv(results, mode="a", header=not results.is_file(), index=False, float_format="%.5g")
+            append_rows(rows[columns], results)
             progress.update()
     progress.close()
     table = pd.read_csv(results)
     return table[matches(table, settings) & table["method"].isin(methods) & (table["seed"] < args.seeds)]
+
+
+def append_rows(rows: pd.DataFrame, results: Path) -> None:
+    """All of them or none: a run whose rows stand there is not run again."""
+    results.parent.mkdir(exist_ok=True)
+    before = results.read_text(encoding="utf-8") if results.is_file() else ""
+    partial = results.with_name(f".{results.name}.partial")
+    partial.write_text(before + rows.to_csv(header=not before, index=False, float_format="%.5g"), encoding="utf-8")
+    partial.replace(results)
 
 
 def concerns_final(classes: pd.Series, dataset: Path) -> pd.Series:

@@ -20,6 +20,7 @@ import SimpleITK as sitk
 
 from tests.small_plans import DATASET_JSON
 from zept_nnunet.plans_block import DECODER_SETTINGS, TRAINING_SETTINGS, build_block
+from zept_nnunet.taxonomy import Taxonomy, annotated_for, annotated_patterns, declared_unseen
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIZES = {"width", "heads", "grouping_scales", "advanced_layers", "prompt_probability"}
@@ -123,6 +124,39 @@ def test_final_unseen_types_stay_out_of_the_table_until_they_are_asked_for(scrip
     assert runs == [("a", 0), ("b", 0), ("a", 1), ("b", 1)] * 2  # the third time its rows were there
     assert set(found[False]["class"]) == {"liver tumor", "pancreas", "(seen tumors)"} and len(found[False]) == 12
     assert set(found[True]["class"]) == {"pancreas tumor", "pancreas tumor [CNR < 7]", "(unseen tumors)"}
+
+
+@pytest.mark.parametrize("script", ["zero_shot"], indirect=True)
+def test_rows_of_a_run_are_written_all_or_none(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, path = pd.DataFrame({"method": ["a", "a"], "value": [0.1234567, np.nan]}), tmp_path / "results" / "r.csv"
+    script.append_rows(rows, path)
+    script.append_rows(rows.assign(method="b"), path)
+    text = path.read_text()
+    assert text == "method,value\na,0.12346\na,\nb,0.12346\nb,\n"
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        script.append_rows(rows, path)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("script", ["real_tumors"], indirect=True)
+def test_the_real_tumors_are_unseen(script: ModuleType) -> None:
+    """The dataset can be planned; no training label or lesion is a liver tumor, and the test case labels it."""
+    taxonomy = Taxonomy.from_dataset_json(script.CONTENT)
+    assert {t.name for t in taxonomy.tumors} == set(script.SEEN) and script.UNSEEN not in script.LABELS
+    assert {name for i in range(40) for name in script.classes_of(i)} == set(script.SEEN)
+    (unseen,) = declared_unseen(script.CONTENT)
+    assert (unseen.name, unseen.hosts, unseen.label) == ("liver tumor", ("liver",), 9)
+    named = annotated_for(script.TEST_CASE, annotated_patterns(script.CONTENT))
+    assert named == ("liver", "liver tumor")
+    assert annotated_for("phantom_000", annotated_patterns(script.CONTENT)) is None
+    assert "liver" in build_block(deepcopy(script.CONTENT))["anomalies"].values()
 
 
 @pytest.mark.parametrize("script", ["zero_shot"], indirect=True)

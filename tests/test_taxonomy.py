@@ -345,6 +345,11 @@ def test_annotated_patterns_and_cases() -> None:
         annotated_for("word_03", patterns, "my.json")
 
 
+def test_a_case_can_label_a_tumor_that_training_never_sees() -> None:
+    zept = {"unseen": {"Liver metastasis": {"hosts": ["liver"]}}, "annotated": {"a_*": ["liver", "liver_metastasis"]}}
+    assert annotated_patterns(dataset(PLAIN, zept)) == {"a_*": ("liver", "Liver metastasis")}
+
+
 def test_annotated_region_stands_for_the_classes_called_after_it() -> None:
     assert annotated_patterns(dataset(REGIONS, {"annotated": {"a": ["kidney"], "b": ["kidney", "tumor"]}})) == {
         "a": ("kidney",),

@@ -34,17 +34,22 @@ class Unseen:
 def annotated_patterns(dataset_json: dict[str, Any], source: str = "dataset.json") -> dict[str, tuple[str, ...]]:
     """`zept.annotated`: pattern of case identifiers → names of the classes that such cases label.
 
-    A region's name stands for the classes called after it, or else for every class in it.
+    A region's name stands for the classes called after it, or else for every class in it. A tumor of `zept.unseen` may
+    stand there too: test cases label it.
 
     Raises:
-        ZePTError: a name is no label, or the entry is not of that form.
+        ZePTError: a name is no class, or the entry is not of that form.
     """
     labels = read_labels(dataset_json, source)
+    unseen = {normalize_name(name): name for name in _block(dataset_json, "unseen", source)}
     found: dict[str, tuple[str, ...]] = {}
     for pattern, names in _block(dataset_json, "annotated", source).items():
         where = f"{source}, zept.annotated[{pattern!r}]"
         classes: list[str] = []
         for name in _names(where, names):
+            if normalize_name(name) in unseen:
+                classes.append(unseen[normalize_name(name)])
+                continue
             values = _require(name, labels, where)
             own = [v for v in values if normalize_name(labels.regions_of(v)[0]) == normalize_name(name)]
             classes += [labels.atoms[v] for v in own or values]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ import SimpleITK as sitk
 from tests.evaluation.small_folders import SHAPE, draw_references, write_labels, write_predictions, write_references
 from zept_nnunet.cli import main
 from zept_nnunet.evaluation import html_viewer
-from zept_nnunet.evaluation.html_methods import parse_method
+from zept_nnunet.evaluation.html_methods import parse_method, read_results
 from zept_nnunet.evaluation.html_report import table_columns
 from zept_nnunet.evaluation.retrieval import SUMMARY_COLUMNS, plot_embeddings, retrieval_table, summarize, swapped
 from zept_nnunet.inference.embeddings import CaseEmbeddings
@@ -277,6 +278,46 @@ def test_a_committed_table_adds_rows(folders: Folders, without_viewer: None) -> 
     assert "entropy (zero_shot.csv)" in page.text and "results/zero_shot.csv, 2 seeds" in page.text
     assert "20 × 50 iterations" in page.text and "score: entropy of the softmax" in page.text
     assert "0.300 ± 0.141" in page.text
+
+
+def test_rows_of_other_test_cases_stay_apart(tmp_path: Path) -> None:
+    settings = [
+        {"phantom": 1, "test_cases": None},
+        {"phantom": 2, "test_cases": None},
+        {"phantom": 2, "test_cases": 48},
+    ]
+    row = {
+        "size": "small",
+        "method": "zept",
+        "seed": 0,
+        "case": "mean",
+        "class": "a",
+        "scope": "host",
+        "metric": "auroc",
+    }
+    pd.DataFrame([s | row | {"value": i / 10} for i, s in enumerate(settings)]).to_csv(tmp_path / "r.csv", index=False)
+    methods = read_results(tmp_path / "r.csv", {})
+    assert [m.cells["a"]["host", "auroc"].value for m in methods] == [0.0, 0.1, 0.2]
+    assert ["48 test cases" in m.note for m in methods] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("zept", "note"),
+    [
+        (None, "reports a tumor by nnU-Net's decoding"),
+        ({"thresholds": {}}, "reports a tumor by nnU-Net's decoding"),
+        (
+            {"thresholds": {"a": {"false_positives_per_scan": 0.5}}},
+            "calibrated to 0.5 false positives per healthy scan",
+        ),
+    ],
+)
+def test_the_list_of_methods_says_where_each_reports_a_tumor(
+    folders: Folders, without_viewer: None, zept: dict[str, Any] | None, note: str
+) -> None:
+    (folders.root / "ours" / "plans.json").write_text(json.dumps({"zept": zept}))
+    assert folders.run() == 0
+    assert note in folders.read().text
 
 
 def write_retrieval(folder: Path) -> None:

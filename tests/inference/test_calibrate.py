@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import cc3d
@@ -15,9 +17,11 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 import zept_nnunet.trainers
 from tests.inference.model_folder import make_model_folder, read_json
 from zept_nnunet.cli import main
+from zept_nnunet.evaluation.ranking import decode, encode
 from zept_nnunet.inference import calibrate
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors
 from zept_nnunet.inference.remove_tumor import remove_tumors
+from zept_nnunet.network.heads import at_thresholds
 
 pytestmark = pytest.mark.filterwarnings("default")  # nnU-Net's own, in its predictor and its workers
 TUMORS = ("liver_tumor", "spleen_tumor", "pancreas tumor")
@@ -132,6 +136,14 @@ def test_held_out_cases_serve_without_scans(
     assert not list(model.parent.glob(".*calibrate*"))
     assert "nnUNetv2_predict applies them" in capsys.readouterr().out
 
+    for case in "bcd":  # no scan is left for the liver: its threshold stays, and the command says so
+        shutil.copyfile(*(preprocessed / "gt_segmentations" / f"{c}.nii.gz" for c in ("a", case)))
+    assert main(["calibrate", str(model), "--rate", "2", *FLAGS]) == 0
+    again = read_json(model / "plans.json")["zept"]["thresholds"]
+    assert again["liver_tumor"] == entries["liver_tumor"]
+    assert again["spleen_tumor"]["false_positives_per_scan"] == 2
+    assert "no healthy scan for liver_tumor" in capsys.readouterr().out
+
 
 def test_a_removed_tumor_takes_its_threshold_along(model: Path) -> None:
     entry = {"logit": -1.0, "false_positives_per_scan": 0.1, "scans": 9}
@@ -165,13 +177,27 @@ def test_bad_input_is_named_and_changes_nothing(
     assert (model / "plans.json").read_bytes() == before
 
 
-def test_scans_that_cannot_be_read_leave_nothing_behind(model: Path, tmp_path: Path) -> None:
+def test_a_score_that_is_saved_as_the_threshold_is_reported() -> None:
+    """Scores are float16: between two neighbors of them the decoding agrees with what calibration counted."""
+    for code in encode(np.array([-700.0, -3.0, -1e-6, 0.0, 1e-6, 0.37, 12.0, 1000.0], dtype=np.float16)).tolist():
+        at = float(decode(np.array(code)))
+        below = float(np.nextafter(np.float16(at), np.float16(-np.inf)))
+        organ, tumor = at_thresholds(
+            torch.full((1, 1, 2), 0.1), torch.tensor([[[at, below]]]).float(), [[0]], [calibrate._boundary(code)]
+        )
+        strongest = torch.cat((torch.zeros(1, 1, 2), organ, tumor), 1).argmax(1)[0].tolist()
+        assert strongest[0] == 2 and strongest[1] == 1, (at, below)
+
+
+def test_scans_that_cannot_be_read_leave_nothing_behind(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     images = tmp_path / "damaged"
     images.mkdir()
     (images / "a_0000.nii.gz").write_bytes(b"no image")
     before = (model / "plans.json").read_bytes()
-    with pytest.raises(RuntimeError):
-        main(["calibrate", str(model), "-i", str(images), *FLAGS])
+    assert main(["calibrate", str(model), "-i", str(images), *FLAGS]) == 1
+    assert re.search(r"one of a in .*damaged could not be predicted .* No threshold", capfd.readouterr().err)
     assert (model / "plans.json").read_bytes() == before and not list(model.parent.glob(".*calibrate*"))
 
 

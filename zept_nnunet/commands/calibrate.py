@@ -76,8 +76,15 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(t.name) for t in thresholds)
     print(f"\n{'tumor':<{width}}  reported from logit  chosen on healthy scans")
     for t in thresholds:
-        print(f"{t.name:<{width}}  {t.logit:>19.3f}  {t.scans:>22}")
-    few = [t.name for t in thresholds if t.scans * args.rate < 1]
+        logit = "argmax" if t.logit is None else f"{t.logit:.3f}"
+        print(f"{t.name:<{width}}  {logit:>19}  {t.scans:>22}")
+    left_out = [t.name for t in thresholds if not t.scans]
+    if left_out:
+        print(
+            f"\nnote: no healthy scan for {', '.join(left_out)} (each has a tumor in its hosts): left as before. Give "
+            "healthy scans with -i FOLDER"
+        )
+    few = [t.name for t in thresholds if 0 < t.scans * args.rate < 1]
     if few:
         print(
             f"\nnote: {args.rate:g} a scan is less than one false positive in all scans of {', '.join(few)}: their "

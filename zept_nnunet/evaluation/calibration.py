@@ -15,21 +15,25 @@ from scipy.sparse.csgraph import minimum_spanning_tree  # type: ignore[import-un
 
 from zept_nnunet.evaluation.ranking import NAN_CODE, NUM_CODES
 
-MAX_VOXELS = 200_000
-"""Of each scan only this many of the highest voxels are looked at: more than any threshold of use lets through."""
+MAX_VOXELS, MAX_SHARE = 200_000, 0.01
+"""Of each scan only so many of the highest voxels are looked at, and so large a share of it: no threshold lets more of
+a healthy scan through, however few components that are. A smooth map floods an organ as one of them."""
 
 _NEIGHBORS = [d for d in np.ndindex(3, 3, 3) if d > (1, 1, 1)]  # 13: one of each pair of opposite ones
 
 
-def count_components(codes: np.ndarray, max_voxels: int = MAX_VOXELS) -> tuple[np.ndarray, int]:
+def count_components(codes: np.ndarray, max_voxels: int | None = None) -> tuple[np.ndarray, int]:
     """26-connected components of {code ≥ t}, for every t.
 
     Args:
         codes: (Z, Y, X) uint16, as `ranking.encode` gives them; `NAN_CODE` never counts.
+        max_voxels: default: `MAX_SHARE` of the voxels, at most `MAX_VOXELS`.
 
     Returns:
         (65536,) int64 counts, indexed by t, and the lowest t for which they were counted (0 below it).
     """
+    if max_voxels is None:
+        max_voxels = min(MAX_VOXELS, int(np.ceil(MAX_SHARE * codes.size)))
     histogram = np.zeros(NUM_CODES, dtype=np.int64)
     for plane in codes:
         histogram += np.bincount(plane.ravel(), minlength=NUM_CODES)
@@ -68,7 +72,8 @@ def _edges(flat: np.ndarray, places: np.ndarray, shape: Sequence[int]) -> tuple[
 def matched_threshold(total: np.ndarray, lowest: int, scans: int, rate: float) -> int:
     """The lowest code t such that at t and everywhere above it at most `rate` components a scan stand.
 
-    Coming from above means: a map that floods whole organs cannot pass as one component.
+    Coming from above means: a map that falls apart before it floods an organ cannot pass as the one component that the
+    flood is. How much may pass at all is `count_components`' to say.
 
     Args:
         total: (65536,) components of all healthy scans together.

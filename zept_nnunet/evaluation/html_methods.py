@@ -20,7 +20,7 @@ _RERUN = "write it with zept evaluate -o"
 _METRICS_COLUMNS = {"case", "class", "seen", "scope", "metric", "value", "ci_low", "ci_high", "seed", "cases"}
 _CURVES_COLUMNS = {"class", "scope", "curve", "x", "y", "ci_low", "ci_high"}
 _RESULTS_COLUMNS = {"method", "seed", "case", "class", "scope", "metric", "value"}
-_SETTINGS = ("size", "configuration", "epochs", "iterations", "minutes")
+_SETTINGS = ("phantom", "size", "configuration", "epochs", "iterations", "minutes", "test_cases")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,25 @@ def read_method(name: str, folder: Path, predictions: Path | None = None, note: 
             cells.setdefault(c, {})[scope, metric] = Cell(value, low, high)
         else:
             pooled.setdefault(c, {})[scope, metric] = float(value)
+    note = "; ".join(part for part in (note, _operating_point(predictions)) if part)
     return Method(name, note, cells, pooled, summary, metrics, curves, predictions)
+
+
+def _operating_point(predictions: Path | None) -> str:
+    """Where the method itself reports a tumor, by the plans beside its predictions; "" where there are none."""
+    path = None if predictions is None else predictions / "plans.json"
+    if path is None or not path.is_file():
+        return ""
+    try:
+        block = json.loads(path.read_text(encoding="utf-8")).get("zept") or {}
+        entries = list((block.get("thresholds") or {}).values())
+        rates = sorted({float(entry["false_positives_per_scan"]) for entry in entries})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ZePTError(f"{path} is damaged ({error!r}); predict again") from error
+    if not rates:
+        return "reports a tumor by nnU-Net's decoding"
+    stated = " or ".join(f"{rate:g}" for rate in rates)
+    return f"reports a tumor from thresholds calibrated to {stated} false positives per healthy scan"
 
 
 def _read_table(path: Path, columns: Collection[str]) -> pd.DataFrame:
@@ -197,6 +215,7 @@ def read_results(path: Path, purposes: Mapping[str, str]) -> list[Method]:
 def _describe(settings: Mapping[str, Any]) -> str:
     of = {k: v for k, v in settings.items() if not pd.isna(v)}
     parts = [str(of[k]) for k in ("size", "configuration") if k in of]
+    parts += [f"{of['test_cases']:g} test cases"] if "test_cases" in of else []
     if "minutes" in of:
         parts.append(f"{of['minutes']:g} minutes")
     elif "epochs" in of:

@@ -37,10 +37,13 @@ CASES_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Threshold:
-    """Of one tumor: `logit` from which it is reported, and the healthy scans that it was chosen on."""
+    """Of one tumor: `logit` from which it is reported, and the healthy scans that it was chosen on.
+
+    Without a healthy scan, the threshold that it had before, if any.
+    """
 
     name: str
-    logit: float
+    logit: float | None
     scans: int
 
 
@@ -74,14 +77,14 @@ def calibrate_model(
         processes: for preprocessing and for the export.
 
     Returns:
-        One entry for each tumor that any healthy scan could be counted for.
+        One entry for each tumor. One that no healthy scan could be counted for keeps the threshold that it had.
 
     Raises:
-        ZePTError: no model, no images, no held-out cases, or no healthy scan.
+        ZePTError: no model, a cascade's second stage, no images or damaged ones, no held-out cases, or no healthy scan.
     """
     folder = Path(model_folder)
     plans = read_json(folder / "plans.json")
-    read_block(plans, str(folder / "plans.json"))
+    block = read_block(plans, str(folder / "plans.json"))
     there = [name.removeprefix("fold_") for name in folds(folder)]
     wanted = list(use_folds) if use_folds is not None else there
     missing = [f for f in wanted if f not in there]
@@ -98,15 +101,26 @@ def calibrate_model(
         for part in parts:
             predictor.initialize_from_trained_model_folder(str(folder), part.folds, checkpoint_name=checkpoint)
             predictor.check_scores_available()
+            if predictor.configuration_manager.previous_stage_name is not None:
+                raise ZePTError(
+                    f"{folder} is the second stage of a cascade, which wants the predictions of the first; calibrate a "
+                    "3d_fullres, 3d_lowres or 2d model"
+                )
             names = list(part.cases)
             for start in range(0, len(names), CASES_AT_ONCE):
                 chunk = names[start : start + CASES_AT_ONCE]
-                predictor.predict_from_files(
-                    [list(part.cases[name]) for name in chunk],
-                    [str(scratch / name) for name in chunk],
-                    num_processes_preprocessing=processes[0],
-                    num_processes_segmentation_export=processes[1],
-                )
+                try:
+                    predictor.predict_from_files(
+                        [list(part.cases[name]) for name in chunk],
+                        [str(scratch / name) for name in chunk],
+                        num_processes_preprocessing=processes[0],
+                        num_processes_segmentation_export=processes[1],
+                    )
+                except RuntimeError as error:  # a worker of nnU-Net's died; it has printed why
+                    raise ZePTError(
+                        f"one of {', '.join(chunk)} in {Path(next(iter(part.cases.values()))[0]).parent} could not be "
+                        f"predicted ({error}): see above, and repair or remove it. No threshold was changed"
+                    ) from error
                 for name in ("dataset.json", "plans.json"):
                     shutil.copyfile(folder / name, scratch / name)
                 found = found or FalsePositives(read_class_table(scratch), within_hosts=True)
@@ -118,10 +132,10 @@ def calibrate_model(
             f"{folder}: every held-out training case has a tumor in the hosts of every tumor, so no rate of false "
             "positives can be counted; give healthy scans with -i FOLDER"
         )
+    before = block.get("thresholds", {})
     thresholds = [
-        Threshold(name, float(decode(np.array(found.threshold(name, rate))).clip(-LOGIT_LIMIT, LOGIT_LIMIT)), scans)
+        Threshold(name, _boundary(found.threshold(name, rate)) if scans else before.get(name, {}).get("logit"), scans)
         for name, scans in found.scans.items()
-        if scans
     ]
     source = "healthy scans given" if images is not None else "held-out training cases"
     entries = {
@@ -133,9 +147,17 @@ def calibrate_model(
             "calibrated_at": date.today().isoformat(),
         }
         for t in thresholds
+        if t.scans
     }
-    write_thresholds(folder, entries)
+    write_thresholds(folder, {**before, **entries})
     return thresholds
+
+
+def _boundary(code: int) -> float:
+    """The logit from which on a score is saved, in float16, as that code or a higher one."""
+    codes = np.array([code, code - 1, code - 2])
+    at, *below = np.nan_to_num(decode(codes), nan=-LOGIT_LIMIT).clip(-LOGIT_LIMIT, LOGIT_LIMIT).tolist()
+    return float(at + next((b for b in below if b < at), at)) / 2  # there are two zeros
 
 
 def write_thresholds(folder: Path, entries: Mapping[str, Mapping[str, Any]] | None) -> None:
