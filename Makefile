@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := zept_demo
 RESULTS := benchmarks/results/zero_shot.csv
-# make demo FULL=1 trains every method with three seeds on the phantom of size small: an afternoon without a GPU.
+# make demo FULL=1 trains every method with three seeds on the phantom of size small: many hours without a GPU.
 FULL_RUN := zept_demo_full
 RUNS = $(FULL_RUN)/small/runs/3d_fullres_15x250
 RAW = $(FULL_RUN)/small/nnUNet_raw/Dataset900_ZePTPhantom
@@ -14,7 +14,7 @@ WORKERS ?= 2
 
 .PHONY: demo test lint install clean
 
-ifdef FULL
+ifeq ($(FULL),1)
 demo: $(STAMP)
 	$(BIN)/python benchmarks/zero_shot.py --size small --seeds 3 --epochs 15 --iterations 250 \
 		--workspace $(FULL_RUN) --results $(FULL_RUN)/zero_shot.csv

@@ -200,8 +200,10 @@ class Workspace:
             self.run(seed, name, "zept", "add-tumor", trained, "--declared")
         for split in images if splits is None else splits:
             folder, out = images[split], self.predictions(name, seed, split)
+            # the page shows maps of the first seed
+            maps = ["--save_anomaly_maps"] if seed == 0 and split == "test" else []
             self.run(seed, name, "zept", "predict", "-m", grown, "-f", "0", "-i", folder, "-o", out, "--save_scores",
-                     "--continue_prediction", "--disable_tta", "-device", self.args.device, "-npp", "1", "-nps",
+                     *maps, "--continue_prediction", "--disable_tta", "-device", self.args.device, "-npp", "1", "-nps",
                      "1")  # fmt: skip
 
     def evaluate(self, method: str, seed: int) -> pd.DataFrame:

@@ -155,7 +155,7 @@ def calibrate_model(
 
 def _boundary(code: int) -> float:
     """The logit from which on a score is saved, in float16, as that code or a higher one."""
-    codes = np.array([code, code - 1, code - 2])
+    codes = np.maximum([code, code - 1, code - 2], 0)
     at, *below = np.nan_to_num(decode(codes), nan=-LOGIT_LIMIT).clip(-LOGIT_LIMIT, LOGIT_LIMIT).tolist()
     return float(at + next((b for b in below if b < at), at)) / 2  # there are two zeros
 
