@@ -414,11 +414,16 @@ def measure(
 
 def append_rows(rows: pd.DataFrame, results: Path) -> None:
     """All of them or none: a run whose rows stand there is not run again."""
-    results.parent.mkdir(exist_ok=True)
     before = results.read_text(encoding="utf-8") if results.is_file() else ""
-    partial = results.with_name(f".{results.name}.partial")
-    partial.write_text(before + rows.to_csv(header=not before, index=False, float_format="%.5g"), encoding="utf-8")
-    partial.replace(results)
+    write_whole(before + rows.to_csv(header=not before, index=False, float_format="%.5g"), results)
+
+
+def write_whole(text: str, path: Path) -> None:
+    """A killed run leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def concerns_final(classes: pd.Series, dataset: Path) -> pd.Series:

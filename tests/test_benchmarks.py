@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
+from tests.evaluation.small_folders import RAW_JSON, draw_references, write_predictions, write_references
 from tests.small_plans import DATASET_JSON
 from zept_nnunet.plans_block import DECODER_SETTINGS, TRAINING_SETTINGS, build_block
 from zept_nnunet.taxonomy import Taxonomy, annotated_for, annotated_patterns, declared_unseen
@@ -143,6 +144,47 @@ def test_rows_of_a_run_are_written_all_or_none(
     with pytest.raises(KeyboardInterrupt):
         script.append_rows(rows, path)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("script", ["paired"], indirect=True)
+def test_two_methods_are_compared_over_the_same_seeds_and_cases(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the real `zept evaluate`: a method that finds the tumors, and one that mostly does not."""
+    folder = tmp_path / "tiny"
+    raw = folder / "nnUNet_raw" / "Dataset900_P"
+    cases, validation = draw_references(healthy=2, with_tumors=4), draw_references(healthy=2, with_tumors=1)
+    write_references(raw / "labelsTs", cases)
+    write_references(raw / "labelsTr", {f"v_{case}": array for case, array in validation.items()})
+    record = {"version": 2, "final_unseen": ["pancreas tumor"]}
+    (raw / "dataset.json").write_text(json.dumps({**RAW_JSON, "zept_phantom": record}))
+    monkeypatch.setattr(script.Workspace, "prepare", lambda self: raw)
+    monkeypatch.setattr(script.Workspace, "can_calibrate", lambda self: True)
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "results" / "paired.csv")
+    monkeypatch.setattr(script, "SAMPLES", 50)
+    flags = ["--size", "tiny", "--seeds", "2", "--epochs", "1", "--device", "cpu", "--workspace", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["paired.py", *flags, "--methods", "supervised"])
+    with pytest.raises(SystemExit, match=r"no predictions in .*zept/seed0/test.*--methods zept first"):
+        script.main()
+    for method, quality in (("zept", 4.0), ("supervised", 1.0)):
+        for seed in range(2):
+            out = folder / "runs" / "3d_fullres_1x50" / method / f"seed{seed}"
+            write_predictions(out / "test", cases, seed, quality)
+            write_predictions(out / "validation", {f"v_{c}": a for c, a in validation.items()}, seed + 5, quality)
+    for _ in range(2):  # the second time its rows are replaced
+        script.main()
+    table = pd.read_csv(tmp_path / "results" / "paired.csv").set_index(["class", "scope", "metric"])
+    assert table.index.is_unique and set(table["versus"]) == {"supervised"} and set(table["seeds"]) == {2}
+    assert "pancreas tumor" not in table.index.get_level_values("class")  # --final was not given
+    ours = table.loc["liver tumor", "host", "auroc"]
+    assert 0 < ours["ci_low"] < ours["difference"] < ours["ci_high"]
+    assert ours["ratio"] == pytest.approx(ours["ours"] / (ours["ours"] - ours["difference"]), rel=1e-3)
+    assert ("liver tumor", "volume", "lesion_recall_at_fp_1") in table.index
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--final"])
+    script.main()
+    final = pd.read_csv(tmp_path / "results" / "paired_final.csv")
+    assert set(final["class"]) >= {"pancreas tumor"} and "liver tumor" not in set(final["class"])
+    assert "AUROC in host" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["real_tumors"], indirect=True)
