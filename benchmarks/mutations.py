@@ -141,6 +141,8 @@ MUTATIONS = (
     Mutation(8, "an unlabeled tumor stays in the validation's prediction", f"{NETWORK}/heads.py",
              "torch.where(labels[num_organs + k], tumor_logits[:, k], nothing)", "tumor_logits[:, k]",
              ("tests/network/test_heads.py",)),
+    Mutation(8, "an unlabeled tumor goes to all of its hosts in the validation", f"{NETWORK}/heads.py",
+             "given[k] if which is None else", "given[k] if True else", ("tests/network/test_heads.py",)),
     Mutation("-", "alignment reads the generated queries", f"{NETWORK}/zept.py",
              "        if self.is_calibrated:\n            weight =", "        if False:\n            weight =",
              NETWORK_TESTS),

@@ -312,7 +312,7 @@ def test_pseudo_dice_takes_an_unlabeled_tumor_for_its_organ(results: Path, monke
     label_map[0, :, 1] = 4  # the tumor; in the second case it is labeled as liver
     healthy, tumor = torch.full((2, len(organs), 4, 4, 4), -9.0), torch.full((2, len(tumors), 4, 4, 4), -9.0)
     healthy[:, 0, 2] = tumor[:, 0, 1] = 9.0
-    output = SimpleNamespace(healthy=[healthy], tumor=[tumor])
+    output = SimpleNamespace(healthy=[healthy], tumor=[tumor], support=[healthy.maximum(tumor[:, :1])])
     loss = torch.zeros(())
     monkeypatch.setattr(trainer, "_forward", lambda batch: (output, label_map, loss, {}))
     counts = trainer.validation_step({"keys": ["full_1", "whole_1"]})

@@ -43,14 +43,20 @@ def at_thresholds(
 
 
 def keep_to_annotated(
-    organ_logits: Tensor, tumor_logits: Tensor, hosts: Sequence[Sequence[int]], is_annotated: Tensor
+    organ_logits: Tensor,
+    tumor_logits: Tensor,
+    support: Tensor,
+    hosts: Sequence[Sequence[int]],
+    is_annotated: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(B, Q, *) and (B, U, *) → the same as somebody who labels nothing but the annotated classes would have it.
 
     What the reference of a partially labeled case can be compared with: a tumor that the case does not label belongs to
-    its host there (log-odds of either), another class that it does not label to nothing.
+    its host there (log-odds of either), another class that it does not label to nothing. Of several hosts it belongs to
+    the one whose support is the strongest at the voxel: healthy maps are low there, of all of them.
 
     Args:
+        support: (B, Q, *), each organ with any tumor in it.
         hosts: organs of each tumor.
         is_annotated: bool (B or 1, Q + U).
     """
@@ -58,9 +64,14 @@ def keep_to_annotated(
     nothing = organ_logits.new_full((), -LOGIT_LIMIT)
     labels = [flag.view(shape) for flag in is_annotated.to(organ_logits.device).unbind(1)]
     given = [torch.where(labels[num_organs + k], nothing, tumor_logits[:, k]) for k in range(len(hosts))]
+    strongest = [support[:, list(of)].argmax(1) if len(of) > 1 else None for of in hosts]
     organs = []
     for organ in range(num_organs):
-        members = [organ_logits[:, organ], *(given[k] for k, of in enumerate(hosts) if organ in of)]
+        members = [organ_logits[:, organ]]
+        for k, of in enumerate(hosts):
+            if organ in of:
+                which = strongest[k]
+                members.append(given[k] if which is None else given[k].where(which == of.index(organ), nothing))
         whole = union(torch.stack(members, 1), 1).to(organ_logits.dtype)
         organs.append(torch.where(labels[organ], whole, nothing))
     tumors = [torch.where(labels[num_organs + k], tumor_logits[:, k], nothing) for k in range(len(hosts))]

@@ -209,8 +209,8 @@ class ZePT(nn.Module):
         features = self.decoder(self.encoder(x))
         if self.decoder.deep_supervision:
             return self._training_output(x, features)
-        healthy, tumor, *_ = self._finest_maps(x, features)
-        return self._channels(healthy, tumor)
+        healthy, tumor, support, *_ = self._finest_maps(x, features)
+        return self._channels(healthy, tumor, support)
 
     def forward_scores(self, x: Tensor, with_prompts: bool = False) -> dict[str, Tensor]:
         """Scores for ranking and for anomaly maps, in log-odds within ±1000.
@@ -223,16 +223,16 @@ class ZePT(nn.Module):
         limit = LOGIT_LIMIT
         prompts = {"prompts": self._organ_prompts(queries, x.shape[2:])} if with_prompts else {}
         return prompts | {
-            "logits": self._channels(healthy, tumor),
+            "logits": self._channels(healthy, tumor, support),
             "tumor_logits": tumor.clamp(-limit, limit),
             "anomaly": anomaly.clamp(-limit, limit),
             "support": support.clamp(-limit, limit),
         }
 
-    def _channels(self, healthy: Tensor, tumor: Tensor) -> Tensor:
+    def _channels(self, healthy: Tensor, tumor: Tensor, support: Tensor) -> Tensor:
         """nnU-Net's output, decoded at the thresholds of calibrated tumors; scores do not depend on these."""
         if self.restricts:
-            healthy, tumor = keep_to_annotated(healthy, tumor, self.hosts, self.annotated)
+            healthy, tumor = keep_to_annotated(healthy, tumor, support, self.hosts, self.annotated)
         return to_channels(self.taxonomy, *at_thresholds(healthy, tumor, self.hosts, self.thresholds))
 
     def forward_embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -367,7 +367,8 @@ class ZePTTrainer(KeepsSides):
             tumors = healthy.new_full((healthy.shape[0], len(self.taxonomy.tumors), *healthy.shape[2:]), -1000.0)
         is_annotated = self.annotations.of_batch(batch["keys"])
         if self.annotations.is_partial:
-            healthy, tumors = keep_to_annotated(healthy, tumors, self.taxonomy.host_indices(), is_annotated)
+            args = output.support[0], self.taxonomy.host_indices(), is_annotated
+            healthy, tumors = keep_to_annotated(healthy, tumors, *args)
         logits = to_channels(self.taxonomy, healthy, tumors)
         wanted = make_targets(label_map, self.taxonomy)
         reference, annotated = self._reference_channels(wanted, is_annotated)
