@@ -57,6 +57,10 @@ def test_annotations_by_pattern() -> None:
     assert annotations.of_case("lits_3") == (True, False, False, True, False)
     assert annotations.of_case("other") == (True,) * 5
     assert annotations.of_batch(["kits_1", "lits_1"]).int().tolist() == [[0, 0, 0, 0, 1], [1, 0, 0, 1, 0]]
+    labels = [c.label for c in taxonomy.classes]
+    assert annotations.labels_in("lits_3") == {labels[0], labels[3]} and annotations.labels_in("other") == set(labels)
+    assert Annotations(taxonomy, {}).labels_in("lits_3") is None
+    assert annotations.unmatched(["lits_1", "LiTS_2"]) == ["kits_*"]
 
 
 def test_two_patterns_that_disagree_are_an_error() -> None:

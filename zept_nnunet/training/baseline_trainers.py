@@ -24,7 +24,7 @@ from zept_nnunet.training.anomalies import InsertAnomalies, with_anomalies
 from zept_nnunet.training.budget import Budgeted
 from zept_nnunet.training.intensity import intensity_scales, noise_floors
 from zept_nnunet.training.orientation import KeepsSides
-from zept_nnunet.training.sampling import TumorFavoringDataset
+from zept_nnunet.training.sampling import ForegroundDataset
 from zept_nnunet.training.trainer import BETAS, WEIGHT_DECAY, seed_everything
 
 _CUDA = torch.device("cuda")  # nnU-Net's default
@@ -66,8 +66,7 @@ class _Comparable(KeepsSides):
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         """nnU-Net's split; training cases favor tumors among their foreground, as in ZePTTrainer."""
         training, validation = super().get_tr_and_val_datasets()
-        labels = frozenset(t.label for t in self.taxonomy.tumors)
-        return (TumorFavoringDataset(training, labels) if labels else training), validation
+        return ForegroundDataset(training, [t.label for t in self.taxonomy.tumors]), validation
 
 
 class nnUNetTrainerBaseline(Budgeted, _Comparable):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
@@ -83,13 +84,19 @@ class Annotations:
     """Which classes a case labels, by patterns of case identifiers (`zept.annotated` in dataset.json)."""
 
     def __init__(self, taxonomy: Taxonomy, patterns: Mapping[str, Iterable[str]]):
-        self.names = [o.name for o in taxonomy.organs] + [t.name for t in taxonomy.tumors]
+        self.names = [c.name for c in taxonomy.classes]
+        self._labels = [c.label for c in taxonomy.classes]
         self._patterns = {pattern: tuple(names) for pattern, names in patterns.items()}
 
     @property
     def is_partial(self) -> bool:
         """Whether any pattern is given."""
         return bool(self._patterns)
+
+    def unmatched(self, cases: Iterable[str]) -> list[str]:
+        """The patterns that match none of these cases."""
+        cases = list(cases)
+        return [pattern for pattern in self._patterns if not any(fnmatchcase(case, pattern) for case in cases)]
 
     def of_case(self, case: str) -> tuple[bool, ...]:
         """One bool per class, organs first. A case that matches no pattern labels every class.
@@ -102,6 +109,12 @@ class Annotations:
             return (True,) * len(self.names)
         labeled = {normalize_name(name) for name in named}
         return tuple(normalize_name(name) in labeled for name in self.names)
+
+    def labels_in(self, case: str) -> frozenset[int] | None:
+        """Label values of the classes that a case labels; None: no pattern is given, so all."""
+        if not self.is_partial:
+            return None
+        return frozenset(v for v, is_labeled in zip(self._labels, self.of_case(case), strict=True) if is_labeled)
 
     def of_batch(self, cases: Iterable[str]) -> Tensor:
         """bool (B, Q + U)."""

@@ -40,7 +40,7 @@ from zept_nnunet.training.anomalies import InsertAnomalies, with_anomalies
 from zept_nnunet.training.intensity import intensity_scales, noise_floors
 from zept_nnunet.training.orientation import KeepsSides
 from zept_nnunet.training.progress import StagesLogger
-from zept_nnunet.training.sampling import TumorFavoringDataset
+from zept_nnunet.training.sampling import ForegroundDataset
 from zept_nnunet.training.targets import Annotations, Targets, anomaly_labels, make_targets
 
 WEIGHT_DECAY = 1e-2
@@ -244,12 +244,19 @@ class ZePTTrainer(KeepsSides):
         return nnUNetTrainer.get_validation_transforms(*args, **{**kwargs, "regions": None})
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
-        """nnU-Net's split; training cases favor tumors among their foreground."""
+        """nnU-Net's split; training cases favor tumors among their foreground, of the classes that they label.
+
+        A pattern of `zept.annotated` that matches no case is named in the log: it may be for test cases, or misspelled.
+        """
         training, validation = super().get_tr_and_val_datasets()
-        labels = frozenset(t.label for t in self.taxonomy.tumors)
-        if labels and self.fixed_stage != 1:
-            training = TumorFavoringDataset(training, labels)
-        return training, validation
+        cases = (*training.identifiers, *validation.identifiers)
+        for pattern in self.annotations.unmatched(cases):
+            self.print_to_log_file(
+                f"WARNING: zept.annotated[{pattern!r}] matches no case of this fold. A training case that no pattern "
+                "matches counts as one that labels every class: correct the pattern if it was meant for one"
+            )
+        tumors = [] if self.fixed_stage == 1 else [t.label for t in self.taxonomy.tumors]
+        return ForegroundDataset(training, tumors, self.annotations.labels_in), validation
 
     # ------------------------------------------------------------------------------------------------ logging
     def _register_loss_terms(self) -> None:
