@@ -99,7 +99,8 @@ def _drawn(network: Any) -> Tensor:
         ]
         return torch.stack(drawn)[None] if drawn else torch.empty(1, 0, _NUM_DRAWN)
 
-    logits: Tensor = network._channels(maps(network.taxonomy.organs), maps(network.taxonomy.tumors))
+    organs = maps(network.taxonomy.organs)
+    logits: Tensor = network._channels(organs, maps(network.taxonomy.tumors), support=organs)
     return logits
 
 
