@@ -6,7 +6,7 @@ import json
 import locale
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,17 @@ def labels(values: list[int]) -> np.ndarray:
     return array
 
 
-def dicom(folder: Path, array: np.ndarray, ending: str = ".dcm") -> None:
-    """A series of one file a slice, written from the feet up under names that say nothing of their order."""
+def dicom(folder: Path, array: np.ndarray, ending: str = ".dcm", names: Sequence[str] | None = None) -> None:
+    """A series of one file a slice, from the feet up under names that say nothing of their order unless given."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     uid = f"1.2.826.0.1.{abs(hash(str(folder))) % 10**9}"
     with locale_kept():
-        _write_slices(folder, array, writer, uid, ending)
+        _write_slices(folder, array, writer, uid, ending, names or [f"{(z * 7 + 3) % 10}_slice" for z in range(99)])
 
 
-def _write_slices(folder: Path, array: np.ndarray, writer: Any, uid: str, ending: str) -> None:
+def _write_slices(folder: Path, array: np.ndarray, writer: Any, uid: str, ending: str, names: Sequence[str]) -> None:
     for z, slice_ in enumerate(array):
         image = sitk.GetImageFromArray(slice_[None])
         image.SetSpacing(SPACING)
@@ -74,7 +74,7 @@ def _write_slices(folder: Path, array: np.ndarray, writer: Any, uid: str, ending
             ("0020|0013", str(z)),
         ):
             image.SetMetaData(tag, value)
-        path = folder / f"{(z * 7 + 3) % 10}_slice.dcm"
+        path = folder / f"{names[z]}.dcm"
         writer.SetFileName(str(path))
         writer.Execute(image)
         if ending != ".dcm":
@@ -105,12 +105,14 @@ def pancreas_ct(root: Path) -> None:
 
 
 def chaos(root: Path) -> None:
+    """Images and labels are numbered from the head down, the labels without a position."""
+    from_the_feet = range(SHAPE[0] - 1, -1, -1)
     for case in ("1", "14"):
-        dicom(root / f"Train_Sets/CT/{case}/DICOM_anon", ct())
+        dicom(root / f"Train_Sets/CT/{case}/DICOM_anon", ct(), names=[f"i{k:04d},0000b" for k in from_the_feet])
         (root / f"Train_Sets/CT/{case}/Ground").mkdir()
-        for z in range(SHAPE[0]):
+        for z, k in enumerate(from_the_feet):
             slice_ = sitk.GetImageFromArray(labels([255, 255])[z])
-            sitk.WriteImage(slice_, str(root / f"Train_Sets/CT/{case}/Ground/liver_GT_{z:03d}.png"))
+            sitk.WriteImage(slice_, str(root / f"Train_Sets/CT/{case}/Ground/liver_GT_{k:03d}.png"))
     dicom(root / "Test_Sets/CT/3/DICOM_anon", ct())
 
 
@@ -220,6 +222,17 @@ def test_dicom_slices_are_stacked_by_position_and_masks_by_structure(raw: Path) 
     assert np.array_equal(image, ct(1))
     label = sitk.GetArrayFromImage(sitk.ReadImage(str(cases["1"]["label"]))).ravel()
     assert label[:6].tolist() == [0, 1, 0, 3, 3, 0]  # liver, skin (left out), two tumor masks
+
+
+def test_png_labels_lie_on_the_dicom_slices_that_they_are_numbered_with(raw: Path, capsys: Any) -> None:
+    root = raw.parent / "download"
+    chaos(root)
+    _, _, cases = prepared(raw, "CHAOS")
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(cases["1"]["label"])))
+    assert np.array_equal(label, labels([1, 1])), "the marked slice is the lowest, whose file has the highest number"
+    (root / "Train_Sets/CT/14/Ground/liver_GT_001.png").unlink()
+    assert main(["prepare", "CHAOS", str(root), "-d", "151"]) == 1
+    assert "Train_Sets/CT/14/Ground holds 3 slices" in capsys.readouterr().err
 
 
 def test_reading_dicom_leaves_text_files_utf8(raw: Path) -> None:

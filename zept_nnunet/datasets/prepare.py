@@ -222,7 +222,8 @@ def read_labels(recipe: Mapping[str, Any], case: str, files: Case, reference: An
     result = np.zeros(shape, np.uint8)
     if "" in files.label:
         path = files.label[""][0]
-        array = _array(files.label[""], shape, recipe.get("flip_label") == "slices")
+        paths = _in_image_order(files.label[""], files.image) if _png(path) else files.label[""]
+        array = _array(paths, shape, recipe.get("flip_label") == "slices")
         table = {0: 0}
         for new, wanted in enumerate(labels.values(), start=1):
             table |= {int(v): new for v in (wanted if isinstance(wanted, list) else [wanted])}
@@ -257,8 +258,32 @@ def _array(paths: Sequence[Path], shape: tuple[int, ...], flip: bool = False) ->
     return array[:, ::-1] if flip else array
 
 
+def _png(path: Path) -> bool:
+    return path.suffix.lower() == ".png"
+
+
+def _in_image_order(labels: Sequence[Path], images: Sequence[Path]) -> list[Path]:
+    """PNG slices, which hold no position, in the order of the DICOM slices that their names count along with.
+
+    Raises:
+        ZePTError: there are more of one than of the other.
+    """
+    if len(labels) != len(images):
+        raise ZePTError(
+            f"{labels[0].parent} holds {len(labels)} slices and {images[0].parent} {len(images)}, wanted a label slice "
+            "for each image slice; download both again"
+        )
+    label_of = dict(zip(sorted(images, key=_counted), sorted(labels, key=_counted), strict=True))
+    return [label_of[path] for path in _series(images)]
+
+
+def _counted(path: Path) -> list[tuple[int, str]]:
+    """To sort file names by their numbers: "2.png" before "10.png"."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
+
+
 def read_image(paths: Sequence[Path]) -> Any:
-    """A file, or the slices of one series (DICOM by position, others by name).
+    """A file, or slices: those of one DICOM series by position, others in the order given.
 
     Raises:
         ZePTError: they cannot be read.
@@ -268,10 +293,7 @@ def read_image(paths: Sequence[Path]) -> Any:
             if len(paths) == 1:
                 return sitk.ReadImage(str(paths[0]))
             reader = sitk.ImageSeriesReader()
-            names = [str(p) for p in sorted(paths)]
-            if paths[0].suffix.lower() != ".png":
-                names = _series(paths)
-            reader.SetFileNames(names)
+            reader.SetFileNames([str(p) for p in (paths if _png(paths[0]) else _series(paths))])
             return reader.Execute()
     except RuntimeError as error:
         raise ZePTError(f"{paths[0]} cannot be read: {str(error).strip().splitlines()[-1]}") from error
@@ -287,15 +309,35 @@ def locale_kept() -> Iterator[None]:
         locale.setlocale(locale.LC_ALL, before)
 
 
-def _series(paths: Sequence[Path]) -> list[str]:
-    """The longest DICOM series in the folder, its slices in the order of their positions."""
-    folder, wanted = str(paths[0].parent), {str(p) for p in paths}
-    reader = sitk.ImageSeriesReader()
-    series = [reader.GetGDCMSeriesFileNames(folder, uid) for uid in reader.GetGDCMSeriesIDs(folder)]
-    longest = max(series, key=len, default=())
-    if not wanted.issuperset(longest) or not longest:
-        raise ZePTError(f"{folder} holds no readable DICOM series")
-    return list(longest)
+def _series(paths: Sequence[Path]) -> list[Path]:
+    """DICOM slices in the order of their positions, against the slices' normal first: of axial ones the feet."""
+    return list(_places(paths).values())
+
+
+def _places(paths: Sequence[Path]) -> dict[float, Path]:
+    """Position along the slices' normal in mm → DICOM slice, ascending. No voxels are read.
+
+    Every file counts, whatever its series is called: anonymization may give each slice a series of its own.
+
+    Raises:
+        ZePTError: a file is no DICOM slice, or two lie at one position.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    found: dict[float, Path] = {}
+    for path in paths:
+        try:
+            with locale_kept():
+                reader.SetFileName(str(path))
+                reader.ReadImageInformation()
+        except RuntimeError as error:
+            raise ZePTError(f"{path} is no readable DICOM slice; remove it, or download it again") from error
+        normal = np.array(reader.GetDirection()).reshape(3, 3)[:, 2]
+        place = round(float(normal @ reader.GetOrigin()), 3)
+        if place in found:
+            raise ZePTError(f"{found[place]} and {path} lie at one position, {place:g} mm; keep the slices of one scan")
+        found[place] = path
+    return dict(sorted(found.items()))
 
 
 def _write(image: Any, path: Path) -> None:
