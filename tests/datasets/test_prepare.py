@@ -98,10 +98,19 @@ def btcv(root: Path) -> None:
     nifti(root / "RawData/Testing/img/img0061.nii.gz", ct())
 
 
-def pancreas_ct(root: Path) -> None:
-    for i, case in enumerate(expected_cases(recipes()["Pancreas-CT"])):
-        dicom(root / f"Pancreas-CT/PANCREAS_{case}/11-24-2015-x/Pancreas-{i}", ct(i))
-        nifti(root / f"TCIA_pancreas_labels-02-05-2017/label{case}.nii.gz", labels([1]))
+PANCREAS = np.s_[1:3, 1, 2:6]  # rows near one side only
+
+
+def pancreas_ct(root: Path, turned: bool = False, clear: bool = True, some: slice = slice(None)) -> None:
+    """All 82 labels, two of whose images were withdrawn. Soft tissue in fat shows which way the labels' rows run."""
+    for case in expected_cases(recipes()["Pancreas-CT"])[some]:
+        image = np.full(SHAPE, -100 if clear else 60, np.int16)
+        image[PANCREAS] = 60
+        dicom(root / f"Pancreas-CT/PANCREAS_{case}/11-24-2015-x/Pancreas-{case}", image)
+    label = np.zeros(SHAPE, np.uint8)
+    label[PANCREAS] = 1
+    for i in range(1, 83)[some]:
+        nifti(root / f"TCIA_pancreas_labels-02-05-2017/label{i:04d}.nii.gz", label[:, ::-1] if turned else label)
 
 
 def chaos(root: Path) -> None:
@@ -244,12 +253,30 @@ def test_reading_dicom_leaves_text_files_utf8(raw: Path) -> None:
     assert after == before
 
 
-def test_pancreas_labels_are_put_on_the_images_grid(raw: Path) -> None:
-    pancreas_ct(raw.parent / "download")
-    _, _, cases = prepared(raw, "Pancreas-CT")
+@pytest.mark.parametrize("turned", [False, True])
+def test_pancreas_labels_lie_on_soft_tissue_whichever_way_their_rows_run(raw: Path, turned: bool) -> None:
+    pancreas_ct(raw.parent / "download", turned, some=slice(2))
+    _, _, cases = prepared(raw, "Pancreas-CT", "--partial")
     image, label = (sitk.ReadImage(str(p)) for p in (cases["0001"]["images"][0], cases["0001"]["label"]))
     assert image.GetOrigin() == label.GetOrigin() and image.GetDirection() == label.GetDirection()
-    assert np.array_equal(sitk.GetArrayFromImage(label), labels([1])[:, ::-1])
+    expected = np.zeros(SHAPE)
+    expected[PANCREAS] = 1
+    assert np.array_equal(sitk.GetArrayFromImage(label), expected)
+
+
+def test_a_pancreas_label_that_fits_both_ways_is_refused(raw: Path, capsys: Any) -> None:
+    pancreas_ct(raw.parent / "download", clear=False, some=slice(2))
+    assert main(["prepare", "Pancreas-CT", str(raw.parent / "download"), "-d", "150", "--partial"]) == 1
+    error = capsys.readouterr().err
+    assert "label0001.nii.gz" in error and "either way" in error and not list(raw.iterdir())
+
+
+def test_labels_of_withdrawn_cases_are_left_out(raw: Path, capsys: Any) -> None:
+    pancreas_ct(raw.parent / "download", some=slice(2))
+    nifti(raw.parent / "download/TCIA_pancreas_labels-02-05-2017/label0025.nii.gz", labels([1]))
+    _, _, cases = prepared(raw, "Pancreas-CT", "--partial")
+    assert set(cases) == {"0001", "0002"}
+    assert "1 cases that are not the dataset's are left out: 0025" in capsys.readouterr().out
 
 
 def test_test_images_and_their_labels_come_along_where_published(raw: Path) -> None:

@@ -35,6 +35,8 @@ KEY = "zept_recipe"
 """Where a prepared dataset.json says where it comes from."""
 ENDING = ".nii.gz"
 _NIFTI = (".nii.gz", ".nii")
+_SOFT = (-50, 250)  # HU: soft tissue with contrast agent, neither fat nor dense bone nor air
+_CLEARLY = 0.05  # by how much a larger share of a label must be soft tissue one way than the other
 _ABOUT = ("title", "source", "license", "citation", "pitfalls", "tested_on_download")
 
 
@@ -98,14 +100,18 @@ def find_cases(source: Path, recipe: Mapping[str, Any], partial: bool = False) -
     files = sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("."))
     relative = {p: p.relative_to(source).as_posix() for p in files}
     found = _match(recipe["image"], recipe["label"], recipe, relative)
-    complete = {case: files for case, files in found.items() if files.image}
     wanted = expected_cases(recipe)
+    others = sorted(set(found) - set(wanted)) if wanted else []
+    found = {case: files for case, files in found.items() if case not in others}
+    complete = {case: files for case, files in found.items() if files.image}
     if not complete:
         first = wanted[0] if wanted else "CASE"
         raise ZePTError(
             f"{source} holds no {shown(recipe['image'], first)}: that is not the layout of the official download "
             f"({recipe['source']})"
         )
+    if others:  # withdrawn ones, of which the label archive knows nothing
+        print(f"{len(others)} cases that are not the dataset's are left out: {_listed(others)}")
     for case in [] if partial else wanted:
         if case not in complete:
             raise ZePTError(
@@ -126,6 +132,10 @@ def find_cases(source: Path, recipe: Mapping[str, Any], partial: bool = False) -
     if not kept:
         raise ZePTError(f"{source}: {shown(recipe['label'], sorted(complete)[0])} is missing; no image has a label")
     return kept
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def _match(image: str, label: str | None, recipe: Mapping[str, Any], relative: Mapping[Path, str]) -> dict[str, Case]:
@@ -223,7 +233,9 @@ def read_labels(recipe: Mapping[str, Any], case: str, files: Case, reference: An
     if "" in files.label:
         path = files.label[""][0]
         paths = _in_image_order(files.label[""], files.image) if _png(path) else files.label[""]
-        array = _array(paths, shape, recipe.get("flip_label") == "slices")
+        array = _array(paths, shape)
+        if recipe.get("label_rows") == "either":
+            array = _rows_as_the_image(array, reference, path)
         table = {0: 0}
         for new, wanted in enumerate(labels.values(), start=1):
             table |= {int(v): new for v in (wanted if isinstance(wanted, list) else [wanted])}
@@ -235,7 +247,7 @@ def read_labels(recipe: Mapping[str, Any], case: str, files: Case, reference: An
             )
         for old, new in table.items():
             result[array == old] = new
-        changed = any(old != new for old, new in table.items()) or recipe.get("flip_label")
+        changed = any(old != new for old, new in table.items()) or "label_rows" in recipe
         return result, not changed
     for new, patterns in enumerate(labels.values(), start=1):
         for name, mask in sorted(files.label.items()):
@@ -244,7 +256,28 @@ def read_labels(recipe: Mapping[str, Any], case: str, files: Case, reference: An
     return result, False
 
 
-def _array(paths: Sequence[Path], shape: tuple[int, ...], flip: bool = False) -> np.ndarray:
+def _rows_as_the_image(array: np.ndarray, reference: Any, path: Path) -> np.ndarray:
+    """A label (z, y, x) whose file does not say which way its rows run, so that it lies on the image's soft tissue.
+
+    Raises:
+        ZePTError: as much of it lies there either way.
+    """
+    if not array.any():
+        return array
+    image = sitk.GetArrayViewFromImage(reference)
+    soft = (image >= _SOFT[0]) & (image <= _SOFT[1])
+    turned = array[:, ::-1]
+    shares = [float(soft[label > 0].mean()) for label in (array, turned)]
+    if abs(shares[0] - shares[1]) < _CLEARLY:
+        raise ZePTError(
+            f"{path} does not say which way its rows run, and either way about as much of it lies on soft tissue "
+            f"({shares[0]:.2f} of it as stored, {shares[1]:.2f} turned). Look at it on its image; to leave the case "
+            "out, move both away and say --partial"
+        )
+    return array if shares[0] > shares[1] else turned
+
+
+def _array(paths: Sequence[Path], shape: tuple[int, ...]) -> np.ndarray:
     """Integer label values (z, y, x)."""
     image = read_image(paths)
     array = np.rint(sitk.GetArrayFromImage(image)).astype(np.int64)
@@ -255,7 +288,7 @@ def _array(paths: Sequence[Path], shape: tuple[int, ...], flip: bool = False) ->
             f"{paths[0]}{' and the other slices' if len(paths) > 1 else ''}: {array.shape} voxels, but the image has "
             f"{tuple(shape)}"
         )
-    return array[:, ::-1] if flip else array
+    return array
 
 
 def _png(path: Path) -> bool:
