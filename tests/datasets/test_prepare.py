@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import locale
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ def pancreas_ct(root: Path, turned: bool = False, clear: bool = True, some: slic
 def chaos(root: Path) -> None:
     """Images and labels are numbered from the head down, the labels without a position."""
     from_the_feet = range(SHAPE[0] - 1, -1, -1)
-    for case in ("1", "14"):
+    for case in expected_cases(recipes()["CHAOS"]):
         dicom(root / f"Train_Sets/CT/{case}/DICOM_anon", ct(), names=[f"i{k:04d},0000b" for k in from_the_feet])
         (root / f"Train_Sets/CT/{case}/Ground").mkdir()
         for z, k in enumerate(from_the_feet):
@@ -143,6 +144,12 @@ def amos(root: Path) -> None:
     for part, case in (("Tr", "amos_0001"), ("Va", "amos_0008"), ("Tr", "amos_0507")):
         files(f"amos22/images{part}/{{}}.nii.gz", f"amos22/labels{part}/{{}}.nii.gz", [case], list(range(1, 16)))(root)
     nifti(root / "amos22/imagesTs/amos_0002.nii.gz", ct())
+    listed = {
+        "training": [{"image": f"./imagesTr/amos_{n}.nii.gz"} for n in ("0001", "0507")],
+        "validation": [{"image": "./imagesVa/amos_0008.nii.gz"}],
+        "test": [{"image": "./imagesTs/amos_0002.nii.gz"}],
+    }
+    (root / "amos22/dataset.json").write_text(json.dumps(listed))
 
 
 def totalsegmentator(root: Path) -> None:
@@ -152,7 +159,7 @@ def totalsegmentator(root: Path) -> None:
             mask = np.zeros(SHAPE, np.uint8)
             mask.ravel()[i] = 1
             nifti(root / f"Totalsegmentator_dataset_v201/{case}/segmentations/{name}.nii.gz", mask)
-    (root / "Totalsegmentator_dataset_v201/meta.csv").write_text("image_id;split\n")
+    (root / "Totalsegmentator_dataset_v201/meta.csv").write_text("image_id;age;split\ns0000;70;train\ns0011;60;test\n")
 
 
 def abdomen_1k(root: Path) -> None:
@@ -169,7 +176,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "LiTS": files("Training Batch 1/volume-{}.nii", "Training Batch 1/segmentation-{}.nii",
                   [str(i) for i in range(131)], [1, 2]),
     "KiTS23": files("dataset/{}/imaging.nii.gz", "dataset/{}/segmentation.nii.gz",
-                    ["case_00000", "case_00587"], [1, 2, 3]),
+                    expected_cases(recipes()["KiTS23"]), [1, 2, 3]),
     "BTCV": btcv,
     "Pancreas-CT": pancreas_ct,
     "CHAOS": chaos,
@@ -182,7 +189,16 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "TotalSegmentator": totalsegmentator,
     "one-tumor": files("images/{}.nii.gz", "labels/{}.nii.gz", ["a", "b"], [1]),
 }  # fmt: skip
-CASES = {"LiTS": 131, "BTCV": 30, "Pancreas-CT": 80, "3D-IRCADb-01": 20, "CT-ORG": 140, "FLARE22": 50}
+CASES = {
+    "KiTS23": 489,
+    "CHAOS": 20,
+    "LiTS": 131,
+    "BTCV": 30,
+    "Pancreas-CT": 80,
+    "3D-IRCADb-01": 20,
+    "CT-ORG": 140,
+    "FLARE22": 50,
+}
 MSD = [name for name, recipe in recipes().items() if recipe["kind"] == "msd"]
 
 
@@ -308,6 +324,9 @@ INCOMPLETE = {
     "LiTS": ("Training Batch 1/volume-17.nii", "volume-17.nii"),
     "KiTS23": ("dataset/case_00000/imaging.nii.gz", "case_00000/imaging.nii.gz"),
     "BTCV": ("RawData/Training/label/label0021.nii.gz", "label/label0021.nii.gz"),
+    "CHAOS": ("Train_Sets/CT/14/DICOM_anon", "Train_Sets/CT/14/DICOM_anon/*.dcm"),
+    "3D-IRCADb-01": ("3Dircadb1/3Dircadb1.7/MASKS_DICOM/liver", "3Dircadb1.7/MASKS_DICOM/liver/*"),
+    "AMOS22": ("amos22/imagesVa/amos_0008.nii.gz", "imagesTr/amos_0008.nii.gz"),
     "TotalSegmentator": ("Totalsegmentator_dataset_v201/s0011/segmentations/liver.nii.gz",
                          "s0011/segmentations/liver.nii.gz"),
     "WORD": ("WORD-V0.1.0/labelsVal/word_0001.nii.gz", "word_0001.nii.gz"),
@@ -319,7 +338,8 @@ INCOMPLETE = {
 def test_an_incomplete_tree_is_refused_by_the_first_file_that_is_missing(raw: Path, name: str, capsys: Any) -> None:
     removed, named = INCOMPLETE[name]
     LAYOUTS[name](raw.parent / "download")
-    (raw.parent / "download" / removed).unlink()
+    path = raw.parent / "download" / removed
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert main(["prepare", name, str(raw.parent / "download"), "-d", "150"]) == 1
     assert f"{named} is missing" in capsys.readouterr().err
     assert not list(raw.iterdir())
@@ -334,16 +354,62 @@ def test_a_part_of_a_download_will_do_where_that_is_said(raw: Path) -> None:
     assert content["numTraining"] == 2
 
 
+def test_a_case_that_the_download_lists_is_missed(raw: Path, capsys: Any) -> None:
+    root = raw.parent / "download"
+    totalsegmentator(root)
+    shutil.rmtree(root / "Totalsegmentator_dataset_v201/s0011")
+    assert main(["prepare", "TotalSegmentator", str(root), "-d", "150"]) == 1
+    assert "s0011/ct.nii.gz is missing (found 1 of 2 images)" in capsys.readouterr().err
+    (root / "Totalsegmentator_dataset_v201/meta.csv").unlink()
+    assert main(["prepare", "TotalSegmentator", str(root), "-d", "150"]) == 1
+    assert "meta.csv is missing, which lists the cases" in capsys.readouterr().err
+    assert prepared(raw, "TotalSegmentator", "--partial")[1]["numTraining"] == 1
+
+
+def test_what_is_left_out_is_said(raw: Path, capsys: Any) -> None:
+    root = raw.parent / "download"
+    abdomen_1k(root)
+    prepared(raw, "AbdomenCT-1K")
+    assert "1 images have no label and are left out: Case_00999" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("removed", ["imaging", "segmentation"])
+def test_a_part_of_a_download_leaves_out_cases_that_lack_a_file(raw: Path, capsys: Any, removed: str) -> None:
+    """KiTS23 comes with every segmentation; its images are downloaded one by one."""
+    root = raw.parent / "download"
+    cases = ["case_00000", "case_00001", "case_00400"]
+    files("dataset/{}/imaging.nii.gz", "dataset/{}/segmentation.nii.gz", cases, [1, 2, 3])(root)
+    (root / f"dataset/case_00001/{removed}.nii.gz").unlink()
+    _, content, found = prepared(raw, "KiTS23", "--partial")
+    assert content["numTraining"] == 2 and set(found) == {"case_00000", "case_00400"}
+    assert "1 cases lack a file and are left out: case_00001" in capsys.readouterr().out
+
+
+def test_a_file_that_is_there_twice_is_named_with_its_copy(raw: Path, capsys: Any) -> None:
+    root = raw.parent / "download"
+    files("a/volume-{}.nii", "a/segmentation-{}.nii", ["0", "1"], [1, 2])(root)
+    shutil.copytree(root / "a", root / "b")
+    assert main(["prepare", "LiTS", str(root), "-d", "150", "--partial"]) == 1
+    error = capsys.readouterr().err
+    assert "a/volume-0.nii" in error and "b/volume-0.nii" in error and "twice" in error
+    shutil.rmtree(root)
+    chaos(root)
+    shutil.copytree(root / "Train_Sets", root / "copy/Train_Sets")
+    assert main(["prepare", "CHAOS", str(root), "-d", "150", "--partial"]) == 1
+    error = capsys.readouterr().err
+    assert "download/Train_Sets/CT/1/" in error and "copy/Train_Sets/CT/1/" in error and not list(raw.iterdir())
+
+
 def test_other_label_values_and_other_grids_are_refused(raw: Path, capsys: Any) -> None:
     root = raw.parent / "download"
-    LAYOUTS["KiTS23"](root)
-    path = root / "dataset/case_00587/segmentation.nii.gz"
+    files("{}/imaging.nii.gz", "{}/segmentation.nii.gz", ["case_00000", "case_00587"], [1, 2, 3])(root)
+    path = root / "case_00587/segmentation.nii.gz"
     nifti(path, labels([1, 2, 3, 7]))
-    assert main(["prepare", "KiTS23", str(root), "-d", "150"]) == 1
+    assert main(["prepare", "KiTS23", str(root), "-d", "150", "--partial"]) == 1
     error = capsys.readouterr().err
     assert str(path) in error and "[7]" in error and not list(raw.iterdir())
     nifti(path, np.zeros((2, 2, 2), np.uint8))
-    assert main(["prepare", "KiTS23", str(root), "-d", "150"]) == 1
+    assert main(["prepare", "KiTS23", str(root), "-d", "150", "--partial"]) == 1
     assert "(2, 2, 2) voxels" in capsys.readouterr().err and not list(raw.iterdir())
 
 

@@ -7,6 +7,7 @@ stops it.
 
 from __future__ import annotations
 
+import csv
 import json
 import locale
 import os
@@ -88,23 +89,54 @@ def expected_cases(recipe: Mapping[str, Any]) -> list[str]:
     return [cases["format"].format(n) for first, last in ranges for n in range(first, last + 1)]
 
 
-def find_cases(source: Path, recipe: Mapping[str, Any], partial: bool = False) -> dict[str, Case]:
-    """Every case of a download.
+def listed_cases(source: Path, recipe: Mapping[str, Any], relative: Mapping[Path, str]) -> list[str]:
+    """The identifiers that a file of the download lists; none where the recipe names no such file.
 
     Args:
-        partial: a part of the download will do.
+        relative: the download's files → their paths in it.
 
     Raises:
-        ZePTError: nothing of it is there, or a file is missing; names the first missing one.
+        ZePTError: the file is missing, or is another.
     """
-    files = sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("."))
-    relative = {p: p.relative_to(source).as_posix() for p in files}
+    pattern = recipe.get("listed_in")
+    if pattern is None:
+        return []
+    regex = expression(pattern)
+    path = next((p for p, name in relative.items() if regex.fullmatch(name)), None)
+    if path is None:
+        raise ZePTError(
+            f"{source}: {shown(pattern, '')} is missing, which lists the cases. Download it, or go on with what is "
+            "there: --partial"
+        )
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                names = [row["image_id"] for row in csv.DictReader(file, delimiter=";")]
+            else:
+                content = json.load(file)
+                entries = [entry for part in ("training", "validation") for entry in content.get(part, [])]
+                names = [Path(entry["image"]).name.removesuffix(ENDING) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ZePTError(f"{path} does not list the cases as the official download's does ({error!r})") from error
+    return sorted(name for name in names if re.fullmatch(recipe["case_pattern"], name))
+
+
+def find_cases(source: Path, recipe: Mapping[str, Any], partial: bool = False) -> dict[str, Case]:
+    """Every case of a download. What is left out is printed.
+
+    Args:
+        partial: a part of the download will do; cases that lack a file are left out.
+
+    Raises:
+        ZePTError: nothing of it is there, a file is there twice, or one is missing; names the first such one.
+    """
+    relative = _files(source)
     found = _match(recipe["image"], recipe["label"], recipe, relative)
     wanted = expected_cases(recipe)
     others = sorted(set(found) - set(wanted)) if wanted else []
-    found = {case: files for case, files in found.items() if case not in others}
-    complete = {case: files for case, files in found.items() if files.image}
-    if not complete:
+    found = {case: files for case, files in sorted(found.items()) if case not in others}
+    images = sum(bool(files.image) for files in found.values())
+    if not images:
         first = wanted[0] if wanted else "CASE"
         raise ZePTError(
             f"{source} holds no {shown(recipe['image'], first)}: that is not the layout of the official download "
@@ -112,26 +144,62 @@ def find_cases(source: Path, recipe: Mapping[str, Any], partial: bool = False) -
         )
     if others:  # withdrawn ones, of which the label archive knows nothing
         print(f"{len(others)} cases that are not the dataset's are left out: {_listed(others)}")
-    for case in [] if partial else wanted:
-        if case not in complete:
-            raise ZePTError(
-                f"{source}: {shown(recipe['image'], case)} is missing (found {len(complete)} of {len(wanted)} images). "
-                "Download the rest, or go on with what is there: --partial"
-            )
-    for case, its in sorted(found.items()):
-        if not its.image:
-            raise ZePTError(f"{source}: {shown(recipe['image'], case)} is missing, whose label is there")
-        if not its.label and recipe.get("images_without_label") != "skip":
-            raise ZePTError(f"{source}: {shown(recipe['label'], case)} is missing, whose image is there")
-        if recipe["kind"] == "masks":
-            names = [n for masks in labels_of(recipe).values() for n in masks]
-            missing = [n for n in names if n not in its.label]
-            if missing:
-                raise ZePTError(f"{source}: {shown(recipe['label'], case, missing[0])} is missing")
-    kept = {case: its for case, its in sorted(found.items()) if its.label}
+    if not partial:
+        wanted = wanted or listed_cases(source, recipe, relative)
+        for case in wanted:
+            if case not in found or not found[case].image:
+                raise ZePTError(
+                    f"{source}: {shown(recipe['image'], case)} is missing (found {images} of {len(wanted)} images). "
+                    "Download the rest, or go on with what is there: --partial"
+                )
+    kept, unlabeled, lacking = {}, [], []
+    for case, its in found.items():
+        missing = _missing(recipe, case, its)
+        if not missing:
+            _refuse_copies(its)
+            kept[case] = its
+        elif not its.label and recipe.get("images_without_label") == "skip":
+            unlabeled.append(case)
+        elif partial:
+            lacking.append(case)
+        else:
+            raise ZePTError(f"{source}: {missing}")
+    for left_out, why in ((unlabeled, "images have no label"), (lacking, "cases lack a file")):
+        if left_out:
+            print(f"{len(left_out)} {why} and are left out: {_listed(left_out)}")
     if not kept:
-        raise ZePTError(f"{source}: {shown(recipe['label'], sorted(complete)[0])} is missing; no image has a label")
+        case, its = next(iter(found.items()))
+        raise ZePTError(f"{source}: {_missing(recipe, case, its)}; no case is whole")
     return kept
+
+
+def _files(source: Path) -> dict[Path, str]:
+    """The download's files → their paths in it; not those that systems hide."""
+    files = sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return {p: p.relative_to(source).as_posix() for p in files}
+
+
+def _missing(recipe: Mapping[str, Any], case: str, its: Case) -> str:
+    """Which file a case lacks, to say; empty where it is whole."""
+    if not its.image:
+        return f"{shown(recipe['image'], case)} is missing, whose label is there"
+    if not its.label:
+        return f"{shown(recipe['label'], case)} is missing, whose image is there"
+    if "" in its.label:
+        return ""
+    masks = labels_of(recipe)
+    for label in recipe.get("required", masks):
+        if not any(fnmatchcase(name, pattern) for name in its.label for pattern in masks[label]):
+            return f"{shown(recipe['label'], case, masks[label][0])} is missing"
+    return ""
+
+
+def _refuse_copies(its: Case) -> None:
+    for paths in (its.image, *its.label.values()):
+        first = paths[0]
+        copy = next((p for p in paths[1:] if p.parent != first.parent or p.name.endswith(_NIFTI)), None)
+        if copy is not None:
+            raise ZePTError(f"{first} and {copy}: the case is there twice; move one of them out of the folder")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -383,10 +451,10 @@ def _write_tests(recipe: Mapping[str, Any], source: Path, scratch: Path) -> None
     test = recipe.get("test")
     if test is None:
         return
-    relative = {p: p.relative_to(source).as_posix() for p in sorted(source.rglob("*")) if p.is_file()}
-    for case, files in _match(test["image"], test.get("label"), recipe, relative).items():
+    for case, files in _match(test["image"], test.get("label"), recipe, _files(source)).items():
         if not files.image:
             continue
+        _refuse_copies(files)
         _link(files.image, scratch / "imagesTs" / f"{case}_0000{ENDING}")
         if files.label:
             values, keeps = read_labels(recipe, case, files, read_image(files.image))
