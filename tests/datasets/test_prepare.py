@@ -413,6 +413,106 @@ def test_other_label_values_and_other_grids_are_refused(raw: Path, capsys: Any) 
     assert "(2, 2, 2) voxels" in capsys.readouterr().err and not list(raw.iterdir())
 
 
+@pytest.mark.parametrize("change", ["direction", "origin", "spacing"])
+@pytest.mark.parametrize("name", ["TotalSegmentator", "KiTS23"])
+def test_labels_that_lie_elsewhere_than_the_image_are_refused(raw: Path, capsys: Any, name: str, change: str) -> None:
+    root = raw.parent / "download"
+    if name == "KiTS23":
+        files("{}/imaging.nii.gz", "{}/segmentation.nii.gz", ["case_00000"], [1, 2, 3])(root)
+        path = root / "case_00000/segmentation.nii.gz"
+    else:
+        totalsegmentator(root)
+        path = root / "Totalsegmentator_dataset_v201/s0000/segmentations/liver.nii.gz"
+    image = sitk.ReadImage(str(path))
+    if change == "direction":
+        image.SetDirection((-1, 0, 0, 0, 1, 0, 0, 0, 1))
+    elif change == "origin":
+        image.SetOrigin((0.0, 0.0, SPACING[2]))
+    else:
+        image.SetSpacing(tuple(2 * s for s in SPACING))
+    sitk.WriteImage(image, str(path))
+    assert main(["prepare", name, str(root), "-d", "150", "--partial"]) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error and "does not lie on its image" in error and not list(raw.iterdir())
+    image.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, 1))
+    image.SetSpacing(SPACING)
+    image.SetOrigin((0.01, 0.0, 0.0))  # as rounding leaves it
+    sitk.WriteImage(image, str(path))
+    prepared(raw, name, "--partial")
+
+
+@pytest.mark.parametrize("side", ["PATIENT_DICOM", "MASKS_DICOM/liver"])
+def test_a_dicom_slice_without_its_mask_or_image_is_named(raw: Path, capsys: Any, side: str) -> None:
+    root = raw.parent / "download"
+    folder = root / "3Dircadb1.1"
+    dicom(folder / "PATIENT_DICOM", ct(), "")
+    dicom(folder / "MASKS_DICOM/liver", (labels([1]) > 0).astype(np.int16) * 255, "")
+    (folder / side / "7_slice").unlink()  # z = 2
+    assert main(["prepare", "3D-IRCADb-01", str(root), "-d", "150", "--partial"]) == 1
+    error = capsys.readouterr().err
+    other = {"PATIENT_DICOM": "MASKS_DICOM/liver", "MASKS_DICOM/liver": "PATIENT_DICOM"}[side]
+    assert str(folder / other / "7_slice") in error and f"{side} holds no slice at" in error
+    assert not list(raw.iterdir())
+
+
+def test_uncompressed_files_are_compressed(raw: Path) -> None:
+    """nnU-Net copies labels to names that end as dataset.json says; readers go by the ending."""
+    files("volume-{}.nii", "segmentation-{}.nii", ["0", "1"], [1, 2])(raw.parent / "download")
+    folder, content, cases = prepared(raw, "LiTS", "--partial")
+    assert content["file_ending"] == ".nii.gz"
+    for case, its in cases.items():
+        for path, kind in ((its["images"][0], "volume"), (its["label"], "segmentation")):
+            path = Path(path)
+            assert path.name.endswith(".nii.gz") and path.read_bytes()[:2] == b"\x1f\x8b" and folder in path.parents
+            was = sitk.ReadImage(str(raw.parent / f"download/{kind}-{case}.nii"))
+            assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), sitk.GetArrayFromImage(was))
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--tumor", "GTV"], "GTV"),
+        (["--tumor", "GTV", "--host", "colon"], "colon GTV"),
+        (["--tumor", "colon tumor", "--host", "colon"], "colon tumor"),
+        (["--host", "Colon"], "Colon tumor"),
+    ],
+)
+def test_ones_own_class_is_a_tumor_whatever_its_name(raw: Path, flags: list[str], name: str) -> None:
+    LAYOUTS["one-tumor"](raw.parent / "download")
+    _, content, _ = prepared(raw, "one-tumor", *flags)
+    assert content["labels"] == {"background": 0, name: 1}
+    taxonomy = Taxonomy.from_dataset_json(content)
+    assert [t.name for t in taxonomy.tumors] == [name] and not taxonomy.organs
+
+
+@pytest.mark.parametrize("number", ["0", "000", "²", "٣", "1000", "Dataset000_X", "Dataset٣٣٣_X"])
+def test_an_id_that_is_none_is_refused(raw: Path, capsys: Any, number: str) -> None:
+    LAYOUTS["one-tumor"](raw.parent / "download")
+    assert main(["prepare", "one-tumor", str(raw.parent / "download"), "-d", number]) == 1
+    assert "-d wants an ID from 1 to 999" in capsys.readouterr().err and not list(raw.iterdir())
+
+
+def test_a_recipe_says_its_label_values(capsys: Any) -> None:
+    for name, words in (
+        ("LiTS", "liver = 1, liver tumor = 2"),
+        ("3D-IRCADb-01", "liver tumor = livertumor*"),
+        ("TotalSegmentator", "spleen, "),
+    ):
+        assert main(["prepare", name]) == 0
+        assert words in capsys.readouterr().out
+
+
+def test_an_id_in_any_folder_of_nnunet_is_taken(raw: Path, capsys: Any) -> None:
+    LAYOUTS["one-tumor"](raw.parent / "download")
+    for folder in ("nnUNet_preprocessed", "nnUNet_results"):
+        taken = raw.parent / folder / "Dataset150_Other"
+        taken.mkdir()
+        assert main(["prepare", "one-tumor", str(raw.parent / "download"), "-d", "150"]) == 1
+        error = capsys.readouterr().err
+        assert f"belongs to {taken}" in error
+        taken.rmdir()
+
+
 def test_bad_arguments_are_refused(raw: Path, capsys: Any) -> None:
     root = raw.parent / "download"
     LAYOUTS["one-tumor"](root)
@@ -421,9 +521,10 @@ def test_bad_arguments_are_refused(raw: Path, capsys: Any) -> None:
         (["LITSS", str(root), "-d", "150"], "there is no recipe"),
         (["lits", str(root)], "wanted both"),
         (["lits", str(root / "nowhere"), "-d", "150"], "is no folder"),
-        (["KiTS23", str(root), "-d", "150", "--tumor", "x tumor"], "--tumor is for one-tumor"),
+        (["KiTS23", str(root), "-d", "150", "--tumor", "x tumor"], "are for one-tumor"),
         (["one-tumor", str(root), "-d", "0x"], "wants an ID"),
-        (["one-tumor", str(root), "-d", "151"], "belongs to Dataset151_Taken"),
+        (["one-tumor", str(root), "-d", "151"], f"belongs to {raw / 'Dataset151_Taken'}"),
+        (["KiTS23", str(root), "-d", "150", "--host", "kidney"], "are for one-tumor"),
     ):
         assert main(["prepare", *arguments]) == 1
         assert words in capsys.readouterr().err

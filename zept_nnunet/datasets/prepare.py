@@ -1,8 +1,8 @@
 """From the official download of a public dataset to a raw dataset of nnU-Net, by a recipe (`recipes.yaml`).
 
-Images that nnU-Net can read stay where they are and are referred to by `"dataset"` in dataset.json; DICOM and PNG
-become NIfTI. Every label file is read once: a value that the recipe does not know, or a grid that is not the image's,
-stops it.
+Images that end as dataset.json says, in `.nii.gz`, stay where they are and are referred to by its `"dataset"`; `.nii`,
+DICOM and PNG are rewritten. Every label file is read once: a value that the recipe does not know, or a grid that is not
+the image's, stops it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from zept_nnunet.datasets.model_organs import class_map
 from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.names import infer_hosts, infer_is_tumor
+from zept_nnunet.names import infer_hosts, infer_is_tumor, organs_named
 from zept_nnunet.taxonomy import Taxonomy
 
 KEY = "zept_recipe"
@@ -224,22 +224,29 @@ def _match(image: str, label: str | None, recipe: Mapping[str, Any], relative: M
     return found
 
 
-def prepare(name: str, source: Path, target: Path, tumor: str | None = None, partial: bool = False) -> int:
+def prepare(
+    name: str, source: Path, target: Path, tumor: str | None = None, partial: bool = False, host: str | None = None
+) -> int:
     """Write the raw dataset; returns the number of training cases.
 
     Args:
         name: of a recipe.
         source: the folder of the download.
         target: folder of the new dataset, which does not exist.
-        tumor: of "one-tumor", the name of its class.
+        tumor: of "one-tumor", the name of its class, a tumor whatever the name.
         partial: a part of the download will do.
+        host: of "one-tumor", the organ that the tumor sits in, which need not be labeled; it becomes a part of the
+            class's name where it is none, so that `zept merge` finds it among the organs of other datasets.
 
     Raises:
         ZePTError: as `find_cases`; a label file holds another value than the recipe knows or lies on another grid.
     """
     recipe = dict(recipes()[name])
-    if tumor is not None:
-        recipe["labels"] = {tumor: 1}
+    if name == "one-tumor":
+        tumor = tumor or next(iter(recipe["labels"]))
+        if host is not None and not organs_named(tumor, [host]):
+            tumor = f"{host} {tumor}"
+        recipe |= {"labels": {tumor: 1}, "tumors": [tumor]}
     labels = {"background": 0, **{label: i for i, label in enumerate(labels_of(recipe), start=1)}}
     cases = find_cases(source, recipe, partial)
     with new_dataset(target) as scratch:
@@ -256,12 +263,9 @@ def prepare(name: str, source: Path, target: Path, tumor: str | None = None, par
 
 def dataset_json(name: str, recipe: Mapping[str, Any], labels: Mapping[str, int], source: Path) -> dict[str, Any]:
     """The dataset.json but for its cases."""
-    organs = [n for n in labels if n != "background" and not infer_is_tumor(n)]
-    hosts = {
-        n: list(recipe.get("hosts", {}).get(n) or infer_hosts(n, organs))
-        for n in labels
-        if n != "background" and infer_is_tumor(n)
-    }
+    tumors = [n for n in labels if n != "background" and (n in recipe.get("tumors", ()) or infer_is_tumor(n))]
+    organs = [n for n in labels if n != "background" and n not in tumors]
+    hosts = {n: list(recipe.get("hosts", {}).get(n) or infer_hosts(n, organs)) for n in tumors}
     return {
         "channel_names": {"0": "CT"},
         "labels": dict(labels),
@@ -275,14 +279,14 @@ def dataset_json(name: str, recipe: Mapping[str, Any], labels: Mapping[str, int]
 def _write_case(recipe: Mapping[str, Any], case: str, files: Case, scratch: Path, target: Path) -> dict[str, Any]:
     """Write what must be written of a case; returns its entry in `"dataset"`."""
     reference = read_image(files.image)
-    if len(files.image) == 1 and files.image[0].name.endswith(_NIFTI):
+    if len(files.image) == 1 and files.image[0].name.endswith(ENDING):
         image = os.path.relpath(files.image[0].resolve(), target)
     else:
         image = f"imagesTr/{case}_0000{ENDING}"
         _write(reference, scratch / image)
     values, keeps = read_labels(recipe, case, files, reference)
     own = files.label.get("", [])
-    if keeps and len(own) == 1 and own[0].name.endswith(_NIFTI):
+    if keeps and len(own) == 1 and own[0].name.endswith(ENDING):
         return {"images": [image], "label": os.path.relpath(own[0].resolve(), target)}
     label = sitk.GetImageFromArray(values)
     label.CopyInformation(reference)
@@ -296,12 +300,12 @@ def read_labels(recipe: Mapping[str, Any], case: str, files: Case, reference: An
     Raises:
         ZePTError: an unknown value, another grid, or a mask that is missing.
     """
-    shape, labels = tuple(reversed(reference.GetSize())), labels_of(recipe)
-    result = np.zeros(shape, np.uint8)
+    labels = labels_of(recipe)
+    result = np.zeros(tuple(reversed(reference.GetSize())), np.uint8)
     if "" in files.label:
         path = files.label[""][0]
         paths = _in_image_order(files.label[""], files.image) if _png(path) else files.label[""]
-        array = _array(paths, shape)
+        array = _array(paths, reference, "label_rows" not in recipe)
         if recipe.get("label_rows") == "either":
             array = _rows_as_the_image(array, reference, path)
         table = {0: 0}
@@ -317,10 +321,13 @@ def read_labels(recipe: Mapping[str, Any], case: str, files: Case, reference: An
             result[array == old] = new
         changed = any(old != new for old, new in table.items()) or "label_rows" in recipe
         return result, not changed
+    places = _places(files.image) if len(files.image) > 1 else {}
     for new, patterns in enumerate(labels.values(), start=1):
         for name, mask in sorted(files.label.items()):
             if any(fnmatchcase(name, p) for p in patterns):
-                result[_array(mask, shape) > 0] = new
+                if places:
+                    _check_slices(_places(mask), places)
+                result[_array(mask, reference) > 0] = new
     return result, False
 
 
@@ -345,18 +352,64 @@ def _rows_as_the_image(array: np.ndarray, reference: Any, path: Path) -> np.ndar
     return array if shares[0] > shares[1] else turned
 
 
-def _array(paths: Sequence[Path], shape: tuple[int, ...]) -> np.ndarray:
-    """Integer label values (z, y, x)."""
+def _array(paths: Sequence[Path], reference: Any, placed: bool = True) -> np.ndarray:
+    """Integer label values (z, y, x), on the image's grid.
+
+    Args:
+        placed: the file says where it lies.
+    """
     image = read_image(paths)
     array = np.rint(sitk.GetArrayFromImage(image)).astype(np.int64)
     if array.ndim == 4:  # PNG slices with color channels
         array = array.max(-1)
-    if array.shape != tuple(shape):
+    shape = tuple(reversed(reference.GetSize()))
+    if array.shape != shape:
         raise ZePTError(
             f"{paths[0]}{' and the other slices' if len(paths) > 1 else ''}: {array.shape} voxels, but the image has "
-            f"{tuple(shape)}"
+            f"{shape}"
         )
+    if placed and not _png(paths[0]):
+        _check_grid(image, reference, paths[0])
     return array
+
+
+def _check_grid(label: Any, image: Any, path: Path) -> None:
+    """A label lies on its image within half a voxel; headers of one grid differ by rounding.
+
+    Raises:
+        ZePTError: it lies elsewhere.
+    """
+    if not np.allclose(_corners(label), _corners(image), rtol=0, atol=0.5 * min(image.GetSpacing())):
+        raise ZePTError(
+            f"{path} does not lie on its image: {_place(label)}; wanted the image's {_place(image)}. Resample it to the "
+            "image, or correct the header that is wrong"
+        )
+
+
+def _corners(image: Any) -> np.ndarray:
+    """The first voxel and the last one along each axis, in mm: (4, 3)."""
+    axes = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    ends = np.vstack([np.zeros(3), np.diag(np.array(image.GetSize()) - 1)])
+    corners: np.ndarray = np.array(image.GetOrigin()) + ends @ axes.T
+    return corners
+
+
+def _place(image: Any) -> str:
+    parts = {"origin": image.GetOrigin(), "spacing": image.GetSpacing(), "direction": image.GetDirection()}
+    return ", ".join(f"{name} ({', '.join(f'{v:.4g}' for v in values)})" for name, values in parts.items())
+
+
+def _check_slices(masks: Mapping[float, Path], images: Mapping[float, Path]) -> None:
+    """Every DICOM slice of the one has one of the other at its position.
+
+    Raises:
+        ZePTError: it has not; names the slice.
+    """
+    for these, those in ((images, masks), (masks, images)):
+        for place, path in these.items():
+            if min(abs(place - other) for other in those) > 0.1:  # mm; slices are farther apart
+                folder = next(iter(those.values())).parent
+                raise ZePTError(f"{path}: {folder} holds no slice at its position, {place:g} mm. Download it again")
 
 
 def _png(path: Path) -> bool:
@@ -512,12 +565,15 @@ def prepare_msd(name: str, source: Path, target: Path, processes: int) -> int:
 
 
 def about(name: str) -> str:
-    """What a recipe is, its source, licence, classes and pitfalls, to read."""
+    """What a recipe is, its source, license, classes with their values in the download, and pitfalls, to read."""
     recipe = recipes()[name]
     lines = [f"{name}: {recipe['title']}", f"  source    {recipe['source']}", f"  license   {recipe['license']}"]
     lines += [f"  citation  {' '.join(recipe['citation'].split())}"]
-    labels = list(labels_of(recipe))
-    lines.append(f"  classes   {', '.join(labels[:16])}{', …' if len(labels) > 16 else ''}")
+    classes = [
+        label if value == [label] else f"{label} = {' or '.join(value) if isinstance(value, list) else value}"
+        for label, value in labels_of(recipe).items()
+    ]
+    lines.append(f"  classes   {', '.join(classes[:16])}{', …' if len(classes) > 16 else ''}")
     lines += [f"  - {pitfall}" for pitfall in recipe["pitfalls"]]
     if not recipe["tested_on_download"]:
         lines.append("  NOT YET RUN on the real download: look at some cases before you train")
