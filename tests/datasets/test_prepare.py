@@ -588,3 +588,36 @@ def test_a_decathlon_task_that_is_another_or_incomplete_is_refused(raw: Path, ca
     (folder / "dataset.json").write_text(json.dumps(content))
     assert main(["prepare", "MSD-Liver", str(folder), "-d", "150"]) == 1
     assert "names the labels" in capsys.readouterr().err and not list(raw.iterdir())
+
+
+def test_decathlon_labels_are_read(raw: Path, capsys: Any) -> None:
+    folder = decathlon("MSD-Spleen", raw.parent)
+    path = folder / "labelsTr/spleen_001.nii.gz"
+    for label, words in (
+        (np.full(SHAPE, 7, np.uint8), "the values [7]"),
+        (np.zeros((2, 2, 2), np.uint8), "(2, 2, 2) voxels"),
+    ):
+        nifti(path, label)
+        assert main(["prepare", "MSD-Spleen", str(folder), "-d", "150"]) == 1
+        error = capsys.readouterr().err
+        assert str(path) in error and words in error and not list(raw.iterdir())
+    path.write_bytes(b"none")
+    assert main(["prepare", "MSD-Spleen", str(folder), "-d", "150"]) == 1
+    assert f"{path} cannot be read" in capsys.readouterr().err and not list(raw.iterdir())
+
+
+def test_a_decathlon_test_image_that_is_missing_is_named(raw: Path, capsys: Any) -> None:
+    folder = decathlon("MSD-Spleen", raw.parent)
+    (folder / "imagesTs/spleen_002.nii.gz").unlink()
+    assert main(["prepare", "MSD-Spleen", str(folder), "-d", "150"]) == 1
+    assert "imagesTs/spleen_002.nii.gz is missing, which dataset.json lists" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_decathlon_image_that_nnunet_cannot_convert_leaves_nothing(raw: Path, capsys: Any) -> None:
+    folder = decathlon("MSD-Spleen", raw.parent)
+    (folder / "imagesTs/spleen_002.nii.gz").write_bytes(b"none")
+    assert main(["prepare", "MSD-Spleen", str(folder), "-d", "150", "-np", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "nnUNetv2_convert_MSD_dataset" in error and "spleen_002.nii.gz" in error, error
+    assert not list(raw.iterdir())

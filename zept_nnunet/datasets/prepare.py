@@ -12,6 +12,8 @@ import json
 import locale
 import os
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,8 +29,9 @@ import yaml
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.model_organs import class_map
-from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
+from zept_nnunet.datasets.raw_folder import new_dataset, read_dataset_json, write_dataset_json
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.jobs import executable
 from zept_nnunet.names import infer_hosts, infer_is_tumor, organs_named
 from zept_nnunet.taxonomy import Taxonomy
 
@@ -381,8 +384,8 @@ def _check_grid(label: Any, image: Any, path: Path) -> None:
     """
     if not np.allclose(_corners(label), _corners(image), rtol=0, atol=0.5 * min(image.GetSpacing())):
         raise ZePTError(
-            f"{path} does not lie on its image: {_place(label)}; wanted the image's {_place(image)}. Resample it to the "
-            "image, or correct the header that is wrong"
+            f"{path} does not lie on its image: {_place(label)}; wanted the image's {_place(image)}. Resample it "
+            "to the image, or correct the header that is wrong"
         )
 
 
@@ -533,7 +536,8 @@ def prepare_msd(name: str, source: Path, target: Path, processes: int) -> int:
     """By nnU-Net's own converter, then the names and the `zept` block of the recipe.
 
     Raises:
-        ZePTError: the folder is not the task's, or its dataset.json or a file differs from the recipe.
+        ZePTError: the folder is not the task's, its dataset.json or a file differs from the recipe, or the converter
+            fails; nothing is left then.
     """
     recipe = recipes()[name]
     if source.name != recipe["task"]:
@@ -543,25 +547,40 @@ def prepare_msd(name: str, source: Path, target: Path, processes: int) -> int:
         content = json.loads(path.read_text(encoding="utf-8"))
         written = {int(value): str(label) for value, label in content["labels"].items() if int(value)}
         training = [(entry["image"], entry["label"]) for entry in content["training"]]
+        listed = [file for pair in training for file in pair] + [str(file) for file in content.get("test", [])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ZePTError(f"{path} is missing or not that of the decathlon ({error!r})") from error
     if {v: label.lower() for v, label in written.items()} != {v: t.lower() for v, t in recipe["written"].items()}:
         raise ZePTError(f"{path} names the labels {written}, the recipe wants {recipe['written']}")
-    for file in (f for pair in training for f in pair):
+    for file in listed:
         if not (source / file).is_file():
             raise ZePTError(f"{source / file} is missing, which {path.name} lists")
     if not (source / "imagesTs").is_dir():
         raise ZePTError(f"{source / 'imagesTs'} is missing")
-    from nnunetv2.dataset_conversion.convert_MSD_dataset import convert_msd_dataset
-
-    made = target.parent / f"{target.name[:10]}_{recipe['task'].split('_')[1]}"
-    convert_msd_dataset(str(source), int(target.name[7:10]), processes)
+    for image, label in tqdm(training, desc=f"labels of {source.name}", unit="case"):
+        read_labels(recipe, label, Case(label={"": [source / label]}), read_image([source / image]))
     labels = {"background": 0, **recipe["labels"]}
-    nnunet = json.loads((made / "dataset.json").read_text(encoding="utf-8"))
-    write_dataset_json(made, nnunet | dataset_json(name, recipe, labels, source))
-    if made != target:
-        made.rename(target)
+    with new_dataset(target) as scratch:
+        _convert_msd(source, scratch, int(target.name[7:10]), processes)
+        nnunet = read_dataset_json(scratch)
+        write_dataset_json(scratch, nnunet | dataset_json(name, recipe, labels, source))
     return int(nnunet["numTraining"])
+
+
+def _convert_msd(source: Path, folder: Path, number: int, processes: int) -> None:
+    """nnU-Net's converter into an nnUNet_raw of its own, from which the dataset moves to `folder`."""
+    command = "nnUNetv2_convert_MSD_dataset"
+    with tempfile.TemporaryDirectory(prefix=".zept_partial_", dir=folder.parent) as raw:
+        arguments = ["-i", str(source), "-overwrite_id", str(number), "-np", str(processes)]
+        environment = {**os.environ, "nnUNet_raw": raw}
+        done = subprocess.run([executable(command), *arguments], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            # the exception of a worker, without the lines that say where in the code it was
+            said = [line for line in done.stderr.splitlines() if line and not line.startswith((" ", "Traceback"))]
+            raise ZePTError(f"{command} could not convert {source}: {' '.join(said[-3:]) or done.returncode}")
+        (made,) = Path(raw).iterdir()
+        for path in made.iterdir():
+            path.rename(folder / path.name)
 
 
 def about(name: str) -> str:
