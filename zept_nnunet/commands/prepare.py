@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("-d", metavar="ID", help="ID of the new dataset, or its name DatasetXXX_NAME")
     parser.add_argument("--partial", action="store_true", help="a part of the download will do")
     parser.add_argument("--tumor", metavar="NAME", help='of one-tumor: what its class is called, "colon tumor"')
+    parser.add_argument("--host", metavar="ORGAN", help="of one-tumor: where it sits; a part of its class's name")
     parser.add_argument("-np", type=int, default=2, help="worker processes of nnU-Net's MSD converter (default: 2)")
     parser.set_defaults(func=run)
 
@@ -46,19 +48,22 @@ def run(args: argparse.Namespace) -> int:
         raise ZePTError("wanted both: SOURCE_FOLDER, the unpacked download, and -d ID, of the new dataset")
     if not args.source.is_dir():
         raise ZePTError(f"{args.source} is no folder")
-    if args.tumor is not None and name != "one-tumor":
-        raise ZePTError(f"--tumor is for one-tumor; {name} names its classes itself")
+    if (args.tumor is not None or args.host is not None) and name != "one-tumor":
+        raise ZePTError(f"--tumor and --host are for one-tumor; {name} names its classes itself")
     raw = folder_of("nnUNet_raw")
     title = re.sub(r"\W", "", name)
-    target = args.d if args.d.startswith("Dataset") else f"Dataset{int(args.d):03d}_{title}" if args.d.isdigit() else ""
-    if not re.fullmatch(r"Dataset\d{3}_\w[\w-]*", target):
+    number = args.d.isascii() and args.d.isdigit()
+    target = args.d if args.d.startswith("Dataset") else f"Dataset{int(args.d):03d}_{title}" if number else ""
+    if not re.fullmatch(r"Dataset(?!000)[0-9]{3}_\w[\w-]*", target):
         raise ZePTError(f"-d wants an ID from 1 to 999 or a name such as Dataset101_LiTS, got {args.d!r}")
-    taken = sorted(p.name for p in raw.glob(f"{target[:10]}_*"))
+    # nnU-Net looks for an ID in all three, and stops where it has two names
+    folders = [raw, *(Path(os.environ[v]) for v in ("nnUNet_preprocessed", "nnUNet_results") if os.environ.get(v))]
+    taken = sorted(p for folder in folders for p in folder.glob(f"{target[:10]}_*"))
     if taken:
         raise ZePTError(f"the ID {target[7:10]} belongs to {taken[0]}; choose a free one")
     if recipes()[name]["kind"] == "msd":
         cases = prepare_msd(name, args.source, raw / target, args.np)
     else:
-        cases = prepare(name, args.source, raw / target, args.tumor, args.partial)
+        cases = prepare(name, args.source, raw / target, args.tumor, args.partial, args.host)
     print(f"{raw / target}: {cases} training cases\nnext: zept taxonomy -d {int(target[7:10])}")
     return 0

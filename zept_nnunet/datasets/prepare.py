@@ -1,16 +1,19 @@
 """From the official download of a public dataset to a raw dataset of nnU-Net, by a recipe (`recipes.yaml`).
 
-Images that nnU-Net can read stay where they are and are referred to by `"dataset"` in dataset.json; DICOM and PNG
-become NIfTI. Every label file is read once: a value that the recipe does not know, or a grid that is not the image's,
-stops it.
+Images that end as dataset.json says, in `.nii.gz`, stay where they are and are referred to by its `"dataset"`; `.nii`,
+DICOM and PNG are rewritten. Every label file is read once: a value that the recipe does not know, or a grid that is not
+the image's, stops it.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import locale
 import os
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,15 +29,18 @@ import yaml
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.model_organs import class_map
-from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
+from zept_nnunet.datasets.raw_folder import new_dataset, read_dataset_json, write_dataset_json
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.names import infer_hosts, infer_is_tumor
+from zept_nnunet.jobs import executable
+from zept_nnunet.names import infer_hosts, infer_is_tumor, organs_named
 from zept_nnunet.taxonomy import Taxonomy
 
 KEY = "zept_recipe"
 """Where a prepared dataset.json says where it comes from."""
 ENDING = ".nii.gz"
 _NIFTI = (".nii.gz", ".nii")
+_SOFT = (-50, 250)  # HU: soft tissue with contrast agent, neither fat nor dense bone nor air
+_CLEARLY = 0.05  # by how much a larger share of a label must be soft tissue one way than the other
 _ABOUT = ("title", "source", "license", "citation", "pitfalls", "tested_on_download")
 
 
@@ -86,46 +92,121 @@ def expected_cases(recipe: Mapping[str, Any]) -> list[str]:
     return [cases["format"].format(n) for first, last in ranges for n in range(first, last + 1)]
 
 
-def find_cases(source: Path, recipe: Mapping[str, Any], partial: bool = False) -> dict[str, Case]:
-    """Every case of a download.
+def listed_cases(source: Path, recipe: Mapping[str, Any], relative: Mapping[Path, str]) -> list[str]:
+    """The identifiers that a file of the download lists; none where the recipe names no such file.
 
     Args:
-        partial: a part of the download will do.
+        relative: the download's files → their paths in it.
 
     Raises:
-        ZePTError: nothing of it is there, or a file is missing; names the first missing one.
+        ZePTError: the file is missing, or is another.
     """
-    files = sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("."))
-    relative = {p: p.relative_to(source).as_posix() for p in files}
+    pattern = recipe.get("listed_in")
+    if pattern is None:
+        return []
+    regex = expression(pattern)
+    path = next((p for p, name in relative.items() if regex.fullmatch(name)), None)
+    if path is None:
+        raise ZePTError(
+            f"{source}: {shown(pattern, '')} is missing, which lists the cases. Download it, or go on with what is "
+            "there: --partial"
+        )
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                names = [row["image_id"] for row in csv.DictReader(file, delimiter=";")]
+            else:
+                content = json.load(file)
+                entries = [entry for part in ("training", "validation") for entry in content.get(part, [])]
+                names = [Path(entry["image"]).name.removesuffix(ENDING) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ZePTError(f"{path} does not list the cases as the official download's does ({error!r})") from error
+    return sorted(name for name in names if re.fullmatch(recipe["case_pattern"], name))
+
+
+def find_cases(source: Path, recipe: Mapping[str, Any], partial: bool = False) -> dict[str, Case]:
+    """Every case of a download. What is left out is printed.
+
+    Args:
+        partial: a part of the download will do; cases that lack a file are left out.
+
+    Raises:
+        ZePTError: nothing of it is there, a file is there twice, or one is missing; names the first such one.
+    """
+    relative = _files(source)
     found = _match(recipe["image"], recipe["label"], recipe, relative)
-    complete = {case: files for case, files in found.items() if files.image}
     wanted = expected_cases(recipe)
-    if not complete:
+    others = sorted(set(found) - set(wanted)) if wanted else []
+    found = {case: files for case, files in sorted(found.items()) if case not in others}
+    images = sum(bool(files.image) for files in found.values())
+    if not images:
         first = wanted[0] if wanted else "CASE"
         raise ZePTError(
             f"{source} holds no {shown(recipe['image'], first)}: that is not the layout of the official download "
             f"({recipe['source']})"
         )
-    for case in [] if partial else wanted:
-        if case not in complete:
-            raise ZePTError(
-                f"{source}: {shown(recipe['image'], case)} is missing (found {len(complete)} of {len(wanted)} images). "
-                "Download the rest, or go on with what is there: --partial"
-            )
-    for case, its in sorted(found.items()):
-        if not its.image:
-            raise ZePTError(f"{source}: {shown(recipe['image'], case)} is missing, whose label is there")
-        if not its.label and recipe.get("images_without_label") != "skip":
-            raise ZePTError(f"{source}: {shown(recipe['label'], case)} is missing, whose image is there")
-        if recipe["kind"] == "masks":
-            names = [n for masks in labels_of(recipe).values() for n in masks]
-            missing = [n for n in names if n not in its.label]
-            if missing:
-                raise ZePTError(f"{source}: {shown(recipe['label'], case, missing[0])} is missing")
-    kept = {case: its for case, its in sorted(found.items()) if its.label}
+    if others:  # withdrawn ones, of which the label archive knows nothing
+        print(f"{len(others)} cases that are not the dataset's are left out: {_listed(others)}")
+    if not partial:
+        wanted = wanted or listed_cases(source, recipe, relative)
+        for case in wanted:
+            if case not in found or not found[case].image:
+                raise ZePTError(
+                    f"{source}: {shown(recipe['image'], case)} is missing (found {images} of {len(wanted)} images). "
+                    "Download the rest, or go on with what is there: --partial"
+                )
+    kept, unlabeled, lacking = {}, [], []
+    for case, its in found.items():
+        missing = _missing(recipe, case, its)
+        if not missing:
+            _refuse_copies(its)
+            kept[case] = its
+        elif not its.label and recipe.get("images_without_label") == "skip":
+            unlabeled.append(case)
+        elif partial:
+            lacking.append(case)
+        else:
+            raise ZePTError(f"{source}: {missing}")
+    for left_out, why in ((unlabeled, "images have no label"), (lacking, "cases lack a file")):
+        if left_out:
+            print(f"{len(left_out)} {why} and are left out: {_listed(left_out)}")
     if not kept:
-        raise ZePTError(f"{source}: {shown(recipe['label'], sorted(complete)[0])} is missing; no image has a label")
+        case, its = next(iter(found.items()))
+        raise ZePTError(f"{source}: {_missing(recipe, case, its)}; no case is whole")
     return kept
+
+
+def _files(source: Path) -> dict[Path, str]:
+    """The download's files → their paths in it; not those that systems hide."""
+    files = sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return {p: p.relative_to(source).as_posix() for p in files}
+
+
+def _missing(recipe: Mapping[str, Any], case: str, its: Case) -> str:
+    """Which file a case lacks, to say; empty where it is whole."""
+    if not its.image:
+        return f"{shown(recipe['image'], case)} is missing, whose label is there"
+    if not its.label:
+        return f"{shown(recipe['label'], case)} is missing, whose image is there"
+    if "" in its.label:
+        return ""
+    masks = labels_of(recipe)
+    for label in recipe.get("required", masks):
+        if not any(fnmatchcase(name, pattern) for name in its.label for pattern in masks[label]):
+            return f"{shown(recipe['label'], case, masks[label][0])} is missing"
+    return ""
+
+
+def _refuse_copies(its: Case) -> None:
+    for paths in (its.image, *its.label.values()):
+        first = paths[0]
+        copy = next((p for p in paths[1:] if p.parent != first.parent or p.name.endswith(_NIFTI)), None)
+        if copy is not None:
+            raise ZePTError(f"{first} and {copy}: the case is there twice; move one of them out of the folder")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def _match(image: str, label: str | None, recipe: Mapping[str, Any], relative: Mapping[Path, str]) -> dict[str, Case]:
@@ -146,22 +227,29 @@ def _match(image: str, label: str | None, recipe: Mapping[str, Any], relative: M
     return found
 
 
-def prepare(name: str, source: Path, target: Path, tumor: str | None = None, partial: bool = False) -> int:
+def prepare(
+    name: str, source: Path, target: Path, tumor: str | None = None, partial: bool = False, host: str | None = None
+) -> int:
     """Write the raw dataset; returns the number of training cases.
 
     Args:
         name: of a recipe.
         source: the folder of the download.
         target: folder of the new dataset, which does not exist.
-        tumor: of "one-tumor", the name of its class.
+        tumor: of "one-tumor", the name of its class, a tumor whatever the name.
         partial: a part of the download will do.
+        host: of "one-tumor", the organ that the tumor sits in, which need not be labeled; it becomes a part of the
+            class's name where it is none, so that `zept merge` finds it among the organs of other datasets.
 
     Raises:
         ZePTError: as `find_cases`; a label file holds another value than the recipe knows or lies on another grid.
     """
     recipe = dict(recipes()[name])
-    if tumor is not None:
-        recipe["labels"] = {tumor: 1}
+    if name == "one-tumor":
+        tumor = tumor or next(iter(recipe["labels"]))
+        if host is not None and not organs_named(tumor, [host]):
+            tumor = f"{host} {tumor}"
+        recipe |= {"labels": {tumor: 1}, "tumors": [tumor]}
     labels = {"background": 0, **{label: i for i, label in enumerate(labels_of(recipe), start=1)}}
     cases = find_cases(source, recipe, partial)
     with new_dataset(target) as scratch:
@@ -178,12 +266,9 @@ def prepare(name: str, source: Path, target: Path, tumor: str | None = None, par
 
 def dataset_json(name: str, recipe: Mapping[str, Any], labels: Mapping[str, int], source: Path) -> dict[str, Any]:
     """The dataset.json but for its cases."""
-    organs = [n for n in labels if n != "background" and not infer_is_tumor(n)]
-    hosts = {
-        n: list(recipe.get("hosts", {}).get(n) or infer_hosts(n, organs))
-        for n in labels
-        if n != "background" and infer_is_tumor(n)
-    }
+    tumors = [n for n in labels if n != "background" and (n in recipe.get("tumors", ()) or infer_is_tumor(n))]
+    organs = [n for n in labels if n != "background" and n not in tumors]
+    hosts = {n: list(recipe.get("hosts", {}).get(n) or infer_hosts(n, organs)) for n in tumors}
     return {
         "channel_names": {"0": "CT"},
         "labels": dict(labels),
@@ -197,14 +282,14 @@ def dataset_json(name: str, recipe: Mapping[str, Any], labels: Mapping[str, int]
 def _write_case(recipe: Mapping[str, Any], case: str, files: Case, scratch: Path, target: Path) -> dict[str, Any]:
     """Write what must be written of a case; returns its entry in `"dataset"`."""
     reference = read_image(files.image)
-    if len(files.image) == 1 and files.image[0].name.endswith(_NIFTI):
+    if len(files.image) == 1 and files.image[0].name.endswith(ENDING):
         image = os.path.relpath(files.image[0].resolve(), target)
     else:
         image = f"imagesTr/{case}_0000{ENDING}"
         _write(reference, scratch / image)
     values, keeps = read_labels(recipe, case, files, reference)
     own = files.label.get("", [])
-    if keeps and len(own) == 1 and own[0].name.endswith(_NIFTI):
+    if keeps and len(own) == 1 and own[0].name.endswith(ENDING):
         return {"images": [image], "label": os.path.relpath(own[0].resolve(), target)}
     label = sitk.GetImageFromArray(values)
     label.CopyInformation(reference)
@@ -218,11 +303,14 @@ def read_labels(recipe: Mapping[str, Any], case: str, files: Case, reference: An
     Raises:
         ZePTError: an unknown value, another grid, or a mask that is missing.
     """
-    shape, labels = tuple(reversed(reference.GetSize())), labels_of(recipe)
-    result = np.zeros(shape, np.uint8)
+    labels = labels_of(recipe)
+    result = np.zeros(tuple(reversed(reference.GetSize())), np.uint8)
     if "" in files.label:
         path = files.label[""][0]
-        array = _array(files.label[""], shape, recipe.get("flip_label") == "slices")
+        paths = _in_image_order(files.label[""], files.image) if _png(path) else files.label[""]
+        array = _array(paths, reference, "label_rows" not in recipe)
+        if recipe.get("label_rows") == "either":
+            array = _rows_as_the_image(array, reference, path)
         table = {0: 0}
         for new, wanted in enumerate(labels.values(), start=1):
             table |= {int(v): new for v in (wanted if isinstance(wanted, list) else [wanted])}
@@ -234,31 +322,125 @@ def read_labels(recipe: Mapping[str, Any], case: str, files: Case, reference: An
             )
         for old, new in table.items():
             result[array == old] = new
-        changed = any(old != new for old, new in table.items()) or recipe.get("flip_label")
+        changed = any(old != new for old, new in table.items()) or "label_rows" in recipe
         return result, not changed
+    places = _places(files.image) if len(files.image) > 1 else {}
     for new, patterns in enumerate(labels.values(), start=1):
         for name, mask in sorted(files.label.items()):
             if any(fnmatchcase(name, p) for p in patterns):
-                result[_array(mask, shape) > 0] = new
+                if places:
+                    _check_slices(_places(mask), places)
+                result[_array(mask, reference) > 0] = new
     return result, False
 
 
-def _array(paths: Sequence[Path], shape: tuple[int, ...], flip: bool = False) -> np.ndarray:
-    """Integer label values (z, y, x)."""
+def _rows_as_the_image(array: np.ndarray, reference: Any, path: Path) -> np.ndarray:
+    """A label (z, y, x) whose file does not say which way its rows run, so that it lies on the image's soft tissue.
+
+    Raises:
+        ZePTError: as much of it lies there either way.
+    """
+    if not array.any():
+        return array
+    image = sitk.GetArrayViewFromImage(reference)
+    soft = (image >= _SOFT[0]) & (image <= _SOFT[1])
+    turned = array[:, ::-1]
+    shares = [float(soft[label > 0].mean()) for label in (array, turned)]
+    if abs(shares[0] - shares[1]) < _CLEARLY:
+        raise ZePTError(
+            f"{path} does not say which way its rows run, and either way about as much of it lies on soft tissue "
+            f"({shares[0]:.2f} of it as stored, {shares[1]:.2f} turned). Look at it on its image; to leave the case "
+            "out, move both away and say --partial"
+        )
+    return array if shares[0] > shares[1] else turned
+
+
+def _array(paths: Sequence[Path], reference: Any, placed: bool = True) -> np.ndarray:
+    """Integer label values (z, y, x), on the image's grid.
+
+    Args:
+        placed: the file says where it lies.
+    """
     image = read_image(paths)
     array = np.rint(sitk.GetArrayFromImage(image)).astype(np.int64)
     if array.ndim == 4:  # PNG slices with color channels
         array = array.max(-1)
-    if array.shape != tuple(shape):
+    shape = tuple(reversed(reference.GetSize()))
+    if array.shape != shape:
         raise ZePTError(
             f"{paths[0]}{' and the other slices' if len(paths) > 1 else ''}: {array.shape} voxels, but the image has "
-            f"{tuple(shape)}"
+            f"{shape}"
         )
-    return array[:, ::-1] if flip else array
+    if placed and not _png(paths[0]):
+        _check_grid(image, reference, paths[0])
+    return array
+
+
+def _check_grid(label: Any, image: Any, path: Path) -> None:
+    """A label lies on its image within half a voxel; headers of one grid differ by rounding.
+
+    Raises:
+        ZePTError: it lies elsewhere.
+    """
+    if not np.allclose(_corners(label), _corners(image), rtol=0, atol=0.5 * min(image.GetSpacing())):
+        raise ZePTError(
+            f"{path} does not lie on its image: {_place(label)}; wanted the image's {_place(image)}. Resample it "
+            "to the image, or correct the header that is wrong"
+        )
+
+
+def _corners(image: Any) -> np.ndarray:
+    """The first voxel and the last one along each axis, in mm: (4, 3)."""
+    axes = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    ends = np.vstack([np.zeros(3), np.diag(np.array(image.GetSize()) - 1)])
+    corners: np.ndarray = np.array(image.GetOrigin()) + ends @ axes.T
+    return corners
+
+
+def _place(image: Any) -> str:
+    parts = {"origin": image.GetOrigin(), "spacing": image.GetSpacing(), "direction": image.GetDirection()}
+    return ", ".join(f"{name} ({', '.join(f'{v:.4g}' for v in values)})" for name, values in parts.items())
+
+
+def _check_slices(masks: Mapping[float, Path], images: Mapping[float, Path]) -> None:
+    """Every DICOM slice of the one has one of the other at its position.
+
+    Raises:
+        ZePTError: it has not; names the slice.
+    """
+    for these, those in ((images, masks), (masks, images)):
+        for place, path in these.items():
+            if min(abs(place - other) for other in those) > 0.1:  # mm; slices are farther apart
+                folder = next(iter(those.values())).parent
+                raise ZePTError(f"{path}: {folder} holds no slice at its position, {place:g} mm. Download it again")
+
+
+def _png(path: Path) -> bool:
+    return path.suffix.lower() == ".png"
+
+
+def _in_image_order(labels: Sequence[Path], images: Sequence[Path]) -> list[Path]:
+    """PNG slices, which hold no position, in the order of the DICOM slices that their names count along with.
+
+    Raises:
+        ZePTError: there are more of one than of the other.
+    """
+    if len(labels) != len(images):
+        raise ZePTError(
+            f"{labels[0].parent} holds {len(labels)} slices and {images[0].parent} {len(images)}, wanted a label slice "
+            "for each image slice; download both again"
+        )
+    label_of = dict(zip(sorted(images, key=_counted), sorted(labels, key=_counted), strict=True))
+    return [label_of[path] for path in _series(images)]
+
+
+def _counted(path: Path) -> list[tuple[int, str]]:
+    """To sort file names by their numbers: "2.png" before "10.png"."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
 
 
 def read_image(paths: Sequence[Path]) -> Any:
-    """A file, or the slices of one series (DICOM by position, others by name).
+    """A file, or slices: those of one DICOM series by position, others in the order given.
 
     Raises:
         ZePTError: they cannot be read.
@@ -268,10 +450,7 @@ def read_image(paths: Sequence[Path]) -> Any:
             if len(paths) == 1:
                 return sitk.ReadImage(str(paths[0]))
             reader = sitk.ImageSeriesReader()
-            names = [str(p) for p in sorted(paths)]
-            if paths[0].suffix.lower() != ".png":
-                names = _series(paths)
-            reader.SetFileNames(names)
+            reader.SetFileNames([str(p) for p in (paths if _png(paths[0]) else _series(paths))])
             return reader.Execute()
     except RuntimeError as error:
         raise ZePTError(f"{paths[0]} cannot be read: {str(error).strip().splitlines()[-1]}") from error
@@ -287,15 +466,35 @@ def locale_kept() -> Iterator[None]:
         locale.setlocale(locale.LC_ALL, before)
 
 
-def _series(paths: Sequence[Path]) -> list[str]:
-    """The longest DICOM series in the folder, its slices in the order of their positions."""
-    folder, wanted = str(paths[0].parent), {str(p) for p in paths}
-    reader = sitk.ImageSeriesReader()
-    series = [reader.GetGDCMSeriesFileNames(folder, uid) for uid in reader.GetGDCMSeriesIDs(folder)]
-    longest = max(series, key=len, default=())
-    if not wanted.issuperset(longest) or not longest:
-        raise ZePTError(f"{folder} holds no readable DICOM series")
-    return list(longest)
+def _series(paths: Sequence[Path]) -> list[Path]:
+    """DICOM slices in the order of their positions, against the slices' normal first: of axial ones the feet."""
+    return list(_places(paths).values())
+
+
+def _places(paths: Sequence[Path]) -> dict[float, Path]:
+    """Position along the slices' normal in mm → DICOM slice, ascending. No voxels are read.
+
+    Every file counts, whatever its series is called: anonymization may give each slice a series of its own.
+
+    Raises:
+        ZePTError: a file is no DICOM slice, or two lie at one position.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    found: dict[float, Path] = {}
+    for path in paths:
+        try:
+            with locale_kept():
+                reader.SetFileName(str(path))
+                reader.ReadImageInformation()
+        except RuntimeError as error:
+            raise ZePTError(f"{path} is no readable DICOM slice; remove it, or download it again") from error
+        normal = np.array(reader.GetDirection()).reshape(3, 3)[:, 2]
+        place = round(float(normal @ reader.GetOrigin()), 3)
+        if place in found:
+            raise ZePTError(f"{found[place]} and {path} lie at one position, {place:g} mm; keep the slices of one scan")
+        found[place] = path
+    return dict(sorted(found.items()))
 
 
 def _write(image: Any, path: Path) -> None:
@@ -308,10 +507,10 @@ def _write_tests(recipe: Mapping[str, Any], source: Path, scratch: Path) -> None
     test = recipe.get("test")
     if test is None:
         return
-    relative = {p: p.relative_to(source).as_posix() for p in sorted(source.rglob("*")) if p.is_file()}
-    for case, files in _match(test["image"], test.get("label"), recipe, relative).items():
+    for case, files in _match(test["image"], test.get("label"), recipe, _files(source)).items():
         if not files.image:
             continue
+        _refuse_copies(files)
         _link(files.image, scratch / "imagesTs" / f"{case}_0000{ENDING}")
         if files.label:
             values, keeps = read_labels(recipe, case, files, read_image(files.image))
@@ -337,7 +536,8 @@ def prepare_msd(name: str, source: Path, target: Path, processes: int) -> int:
     """By nnU-Net's own converter, then the names and the `zept` block of the recipe.
 
     Raises:
-        ZePTError: the folder is not the task's, or its dataset.json or a file differs from the recipe.
+        ZePTError: the folder is not the task's, its dataset.json or a file differs from the recipe, or the converter
+            fails; nothing is left then.
     """
     recipe = recipes()[name]
     if source.name != recipe["task"]:
@@ -347,34 +547,52 @@ def prepare_msd(name: str, source: Path, target: Path, processes: int) -> int:
         content = json.loads(path.read_text(encoding="utf-8"))
         written = {int(value): str(label) for value, label in content["labels"].items() if int(value)}
         training = [(entry["image"], entry["label"]) for entry in content["training"]]
+        listed = [file for pair in training for file in pair] + [str(file) for file in content.get("test", [])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ZePTError(f"{path} is missing or not that of the decathlon ({error!r})") from error
     if {v: label.lower() for v, label in written.items()} != {v: t.lower() for v, t in recipe["written"].items()}:
         raise ZePTError(f"{path} names the labels {written}, the recipe wants {recipe['written']}")
-    for file in (f for pair in training for f in pair):
+    for file in listed:
         if not (source / file).is_file():
             raise ZePTError(f"{source / file} is missing, which {path.name} lists")
     if not (source / "imagesTs").is_dir():
         raise ZePTError(f"{source / 'imagesTs'} is missing")
-    from nnunetv2.dataset_conversion.convert_MSD_dataset import convert_msd_dataset
-
-    made = target.parent / f"{target.name[:10]}_{recipe['task'].split('_')[1]}"
-    convert_msd_dataset(str(source), int(target.name[7:10]), processes)
+    for image, label in tqdm(training, desc=f"labels of {source.name}", unit="case"):
+        read_labels(recipe, label, Case(label={"": [source / label]}), read_image([source / image]))
     labels = {"background": 0, **recipe["labels"]}
-    nnunet = json.loads((made / "dataset.json").read_text(encoding="utf-8"))
-    write_dataset_json(made, nnunet | dataset_json(name, recipe, labels, source))
-    if made != target:
-        made.rename(target)
+    with new_dataset(target) as scratch:
+        _convert_msd(source, scratch, int(target.name[7:10]), processes)
+        nnunet = read_dataset_json(scratch)
+        write_dataset_json(scratch, nnunet | dataset_json(name, recipe, labels, source))
     return int(nnunet["numTraining"])
 
 
+def _convert_msd(source: Path, folder: Path, number: int, processes: int) -> None:
+    """nnU-Net's converter into an nnUNet_raw of its own, from which the dataset moves to `folder`."""
+    command = "nnUNetv2_convert_MSD_dataset"
+    with tempfile.TemporaryDirectory(prefix=".zept_partial_", dir=folder.parent) as raw:
+        arguments = ["-i", str(source), "-overwrite_id", str(number), "-np", str(processes)]
+        environment = {**os.environ, "nnUNet_raw": raw}
+        done = subprocess.run([executable(command), *arguments], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            # the exception of a worker, without the lines that say where in the code it was
+            said = [line for line in done.stderr.splitlines() if line and not line.startswith((" ", "Traceback"))]
+            raise ZePTError(f"{command} could not convert {source}: {' '.join(said[-3:]) or done.returncode}")
+        (made,) = Path(raw).iterdir()
+        for path in made.iterdir():
+            path.rename(folder / path.name)
+
+
 def about(name: str) -> str:
-    """What a recipe is, its source, licence, classes and pitfalls, to read."""
+    """What a recipe is, its source, license, classes with their values in the download, and pitfalls, to read."""
     recipe = recipes()[name]
     lines = [f"{name}: {recipe['title']}", f"  source    {recipe['source']}", f"  license   {recipe['license']}"]
     lines += [f"  citation  {' '.join(recipe['citation'].split())}"]
-    labels = list(labels_of(recipe))
-    lines.append(f"  classes   {', '.join(labels[:16])}{', …' if len(labels) > 16 else ''}")
+    classes = [
+        label if value == [label] else f"{label} = {' or '.join(value) if isinstance(value, list) else value}"
+        for label, value in labels_of(recipe).items()
+    ]
+    lines.append(f"  classes   {', '.join(classes[:16])}{', …' if len(classes) > 16 else ''}")
     lines += [f"  - {pitfall}" for pitfall in recipe["pitfalls"]]
     if not recipe["tested_on_download"]:
         lines.append("  NOT YET RUN on the real download: look at some cases before you train")
