@@ -23,11 +23,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.model_organs import ModelOrgans
-from zept_nnunet.datasets.raw_folder import read_dataset_json, relabeled, training_cases, write_dataset_json
+from zept_nnunet.datasets.raw_folder import (
+    nearest_hosts,
+    read_dataset_json,
+    relabeled,
+    training_cases,
+    write_dataset_json,
+)
 from zept_nnunet.datasets.same_scan import Ties
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
@@ -289,7 +296,7 @@ class Merge:
 
     # ------------------------------------------------------------------------------------------------ label values
     def table_of(self, source: MergeSource) -> dict[int, int]:
-        """Label value in a source → in the merged dataset. A tumor that is left out becomes its host."""
+        """Label value in a source → in the merged dataset; what is left out is background (but see `hosts_of`)."""
         table = {0: 0}
         if source.taxonomy.ignore_label is not None:
             table[source.taxonomy.ignore_label] = self.labels["ignore"]
@@ -297,13 +304,19 @@ class Merge:
             for _, label in entry.members.get(source.id, []):
                 if label is not None:
                     table[label] = self.labels[entry.name]
-        organs = {o.name: o.label for o in source.taxonomy.organs}
-        for tumor in source.taxonomy.tumors:
-            if tumor.label not in table:
-                table[tumor.label] = table.get(organs[tumor.hosts[0]], 0) if len(tumor.hosts) == 1 else 0
-        for organ in source.taxonomy.organs:
-            table.setdefault(organ.label, 0)
+        for entry_there in source.taxonomy.classes:
+            table.setdefault(entry_there.label, 0)
         return table
+
+    def hosts_of(self, source: MergeSource) -> dict[int, list[int]]:
+        """Label values in a source: each tumor that is left out → its hosts, the nearest of which it belongs to."""
+        kept = {label for c in self.classes for _, label in c.members.get(source.id, [])}
+        organs = {o.name: o.label for o in source.taxonomy.organs}
+        return {
+            t.label: [organs[host] for host in t.hosts]
+            for t in source.taxonomy.tumors
+            if t.hosts and t.label not in kept
+        }
 
     def annotated_in(self, source: MergeSource, names: Sequence[str] | None) -> list[str]:
         """Names in the merged dataset of what a case labels; `names`: of the source, None: all of it."""
@@ -463,7 +476,8 @@ class Merge:
         reader = determine_reader_writer_from_dataset_json(source.dataset_json, files["images"][0], verbose=False)()
         seg, properties = reader.read_seg(files["label"])
         try:
-            merged = relabeled(seg[0], self.table_of(source), source.folder / "dataset.json")
+            values = nearest_hosts(np.rint(seg[0]).astype(np.int64), self.hosts_of(source), properties["spacing"])
+            merged = relabeled(values, self.table_of(source), source.folder / "dataset.json")
         except ZePTError as error:
             raise ZePTError(f"{files['label']}: {error}") from error
         if source.organs_from is not None:

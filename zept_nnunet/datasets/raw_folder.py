@@ -6,12 +6,13 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import ndimage  # type: ignore[import-untyped]
 
 from zept_nnunet.errors import ZePTError
 
@@ -78,3 +79,25 @@ def relabeled(values: np.ndarray, table: Mapping[int, int], source: Path) -> np.
     for old, new in table.items():
         lookup[old] = new
     return lookup[whole]
+
+
+def nearest_hosts(values: np.ndarray, hosts: Mapping[int, Sequence[int]], spacing: Sequence[float]) -> np.ndarray:
+    """A copy of a label map (*,) in which each voxel of some tumors holds the label of the nearest of its hosts.
+
+    Where a map shows none of a tumor's hosts, the tumor's voxels hold the first one.
+
+    Args:
+        values: integers.
+        hosts: label value of a tumor → those of its hosts, one or more.
+        spacing: voxel size along each axis of `values`, mm.
+    """
+    result = values.copy()
+    for tumor, labels in hosts.items():
+        tumor_voxels, host_voxels = values == tumor, np.isin(values, labels)
+        result[tumor_voxels] = labels[0]
+        if len(labels) > 1 and tumor_voxels.any() and host_voxels.any():
+            indices = ndimage.distance_transform_edt(
+                ~host_voxels, sampling=spacing, return_distances=False, return_indices=True
+            )
+            result[tumor_voxels] = values[tuple(i[tumor_voxels] for i in indices)]
+    return result
