@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     same = groups_of(names, pairs)
     splits = merge.splits(same)
     print(f"\n{len(names)} cases, {len(splits)} folds of {', '.join(str(len(s['val'])) for s in splits)} cases")
+    merge.dataset_json(target, same)  # errors come before anything is written, and in the dry run too
     if args.dry_run:
         print(f"dry run: nothing was written; it would be {target}")
         return 0

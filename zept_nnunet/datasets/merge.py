@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ from zept_nnunet.datasets.raw_folder import (
 from zept_nnunet.datasets.same_scan import Ties
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
+from zept_nnunet.labels import RESERVED
 from zept_nnunet.names import infer_hosts, is_generic_tumor, may_overlap, name_key, normalize_name
 from zept_nnunet.taxonomy import Taxonomy, Tumor, annotated_for, annotated_patterns, declared_unseen
 
@@ -156,6 +157,22 @@ def class_key(name: str, hosts: tuple[str, ...] | None) -> tuple[str, ...]:
     return name_key(entry.name if entry is not None else name)
 
 
+def _unusable_names(classes: Iterable[MergedClass]) -> list[str]:
+    """Names that stand for two classes, or that no class may have."""
+    problems, seen = [], dict[str, str]()
+    for entry in classes:
+        key = normalize_name(entry.name)
+        if not key or key in RESERVED:
+            problems.append(f"{entry.name!r} is not a name for a class ({', '.join(entry.members)})")
+        elif key in seen:
+            problems.append(
+                f"two classes would be called {entry.name!r}"
+                + (f" and {seen[key]!r}, which are one name" if seen[key] != entry.name else "")
+            )
+        seen.setdefault(key, entry.name)
+    return problems
+
+
 @dataclass
 class MergedClass:
     """One class of the merged dataset. `members`: dataset ID → (label there, or None: its organ mask)."""
@@ -248,7 +265,7 @@ class Merge:
                     named = {keys[h] for h in hosts if h in keys}
                     if named:
                         host_keys.setdefault(keys[name], {})[source.folder.name] = named
-        problems += self._overlaps(merged)
+        problems += self._overlaps(merged) + _unusable_names(merged.values())
         for key, by_source in host_keys.items():
             if len({frozenset(h) for h in by_source.values()}) > 1:
                 named_by = {s: sorted(merged[h].name for h in keys_of) for s, keys_of in by_source.items()}
@@ -343,7 +360,11 @@ class Merge:
 
     # ------------------------------------------------------------------------------------------------ dataset.json
     def dataset_json(self, target: Path, same: Mapping[str, str]) -> dict[str, Any]:
-        """The merged dataset's. `same`: case → a case that stands for all that are the same scan."""
+        """The merged dataset's, checked. `same`: case → a case that stands for all that are the same scan.
+
+        Raises:
+            ZePTError: two datasets say different things of one class, or the result is no description of a dataset.
+        """
         first = self.sources[0].dataset_json
         readers = [r for r in map(self._reader_of, self.sources) if r is not None]
         kept: dict[str, Any] = {k: first[k] for k in ("channel_names", "file_ending") if k in first}
@@ -366,7 +387,7 @@ class Merge:
         zept |= {"knowledge": knowledge} if knowledge else {}
         annotated = self.annotated()
         zept |= {"annotated": annotated} if annotated else {}
-        return {
+        content = {
             **kept,
             "labels": self.labels,
             "numTraining": len(cases),
@@ -385,6 +406,8 @@ class Merge:
                 "same_scans": {name: leader for name, leader in same.items() if name != leader},
             },
         }
+        Taxonomy.from_dataset_json(content, f"the merged {target.name}/dataset.json")
+        return content
 
     def _unseen(self) -> dict[str, Any]:
         """Tumors that some dataset declares unseen and none labels; label values are given anew."""
