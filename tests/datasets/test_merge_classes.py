@@ -14,7 +14,9 @@ import SimpleITK as sitk
 from tests.datasets.test_merge import KIDNEYS, LITS, ORGANS, SHAPE, make, merged, write_image
 from zept_nnunet.cli import main
 from zept_nnunet.declarations import annotated_patterns
-from zept_nnunet.taxonomy import annotated_for
+from zept_nnunet.taxonomy import Taxonomy, annotated_for
+
+LIVER = {"background": 0, "liver": 1}
 
 
 def run(*flags: str, datasets: tuple[str, ...] = ("101", "102")) -> int:
@@ -25,6 +27,10 @@ def with_map(raw: Path, text: str) -> tuple[str, str]:
     path = raw.parent / "map.yaml"
     path.write_text(text)
     return "--map", str(path)
+
+
+def hosts_of(raw: Path) -> dict[str, tuple[str, ...]]:
+    return {t.name: t.hosts for t in Taxonomy.from_dataset_json(merged(raw)[1]).tumors}
 
 
 def test_a_tumor_that_is_left_out_belongs_to_the_nearest_of_its_hosts(raw: Path) -> None:
@@ -58,6 +64,47 @@ def test_names_that_no_dataset_could_have_are_refused(raw: Path, name: str, dry:
     assert run(*with_map(raw, f"labels: {text}"), *(["--dry-run"] if dry else [])) == (0 if words is None else 1)
     assert words is None or re.search(words, capsys.readouterr().err)
     assert dry or bool(list(raw.glob("Dataset110*"))) == (words is None)
+
+
+WHOLE_BODY = {"tumors": {"lesion": {"hosts": []}}}
+
+
+def test_declared_hosts_of_the_whole_body_stay(raw: Path) -> None:
+    make(raw, "Dataset101_A", LIVER)
+    make(raw, "Dataset102_B", {"background": 0, "lesion": 1}, zept=WHOLE_BODY)
+    assert run() == 0
+    assert hosts_of(raw) == {"lesion": ()}
+
+
+def test_a_tumor_that_names_its_organ_gets_it_where_its_own_dataset_has_none(raw: Path) -> None:
+    make(raw, "Dataset101_A", {"background": 0, "liver": 1, "spleen": 2})
+    zept = {"tumors": {"hepatic lesion": {"hosts": []}}}
+    make(raw, "Dataset102_B", {"background": 0, "hepatic lesion": 1}, zept=zept)
+    assert run() == 0
+    assert hosts_of(raw) == {"hepatic lesion": ("liver",)}
+
+
+def test_a_lesion_of_nowhere_in_two_datasets_is_a_conflict_that_a_map_settles(raw: Path, capsys: Any) -> None:
+    make(raw, "Dataset101_A", LIVER)
+    make(raw, "Dataset102_B", {"background": 0, "lesion": 1}, zept=WHOLE_BODY)
+    make(raw, "Dataset103_C", {"background": 0, "lesion": 1}, zept=WHOLE_BODY)
+    three = ("101", "102", "103")
+    assert run(datasets=three) == 1
+    error = capsys.readouterr().err
+    assert "'lesion' of Dataset103_C" in error and "--map" in error
+    settled = with_map(raw, "labels: {102: {lesion: liver tumor}, 103: {lesion: lesion}}")
+    assert run(*settled, datasets=three) == 0
+    assert hosts_of(raw) == {"liver tumor": ("liver",), "lesion": ()}
+
+
+@pytest.mark.filterwarnings("ignore:.*the whole body:UserWarning")
+def test_a_generic_tumor_whose_dataset_says_nothing_of_organs_is_a_conflict(raw: Path, capsys: Any) -> None:
+    make(raw, "Dataset101_A", LIVER)
+    make(raw, "Dataset102_B", {"background": 0, "tumor": 1})
+    assert run() == 1
+    assert "'tumor' of Dataset102_B" in capsys.readouterr().err
+    assert run(*with_map(raw, "labels: {102: {tumor: liver tumor}}")) == 0
+    assert hosts_of(raw) == {"liver tumor": ("liver",)}
 
 
 def test_the_merged_labels_have_no_gap(raw: Path) -> None:

@@ -39,7 +39,7 @@ from zept_nnunet.datasets.same_scan import Ties
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.labels import RESERVED
-from zept_nnunet.names import infer_hosts, is_generic_tumor, may_overlap, name_key, normalize_name
+from zept_nnunet.names import infer_hosts, is_generic_tumor, may_overlap, name_key, normalize_name, organs_named
 from zept_nnunet.taxonomy import Taxonomy, Tumor, annotated_for, annotated_patterns, declared_unseen
 
 KEY = "zept_merge"
@@ -142,13 +142,20 @@ class MergeSource:
         return f"d{self.id}_{case}"
 
     def classes(self) -> list[tuple[str, int | None, tuple[str, ...] | None]]:
-        """Name, label value (None: a mask of `organs_from`), and hosts (None: an organ)."""
+        """Name, label value (None: a mask of `organs_from`), and hosts (None: an organ).
+
+        A tumor without hosts sits in those of the masks that its name points at.
+        """
+        given = self.organs_from.names if self.organs_from else ()
         own: list[tuple[str, int | None, tuple[str, ...] | None]] = [
-            (c.name, c.label, c.hosts if isinstance(c, Tumor) else None)
+            (c.name, c.label, self._hosts_of(c) if isinstance(c, Tumor) else None)
             for c in sorted(self.taxonomy.classes, key=lambda c: c.label)
         ]
-        given = self.organs_from.names if self.organs_from else ()
         return [*((name, None, None) for name in given), *own]
+
+    def _hosts_of(self, tumor: Tumor) -> tuple[str, ...]:
+        masks = self.organs_from.names if self.organs_from else ()
+        return tumor.hosts or infer_hosts(self.taxonomy.reading(tumor.name), masks)
 
 
 def class_key(name: str, hosts: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -246,6 +253,12 @@ class Merge:
                 read = source.taxonomy.reading(name)  # of a public dataset: "cancer" → "lung tumor"
                 shown = chosen or self._name_of(read, hosts)
                 key = keys[name] = class_key(chosen or read, hosts)
+                nowhere = chosen is None and hosts == () and is_generic_tumor(shown)
+                if nowhere and (name not in source.taxonomy.declared or key in merged):
+                    problems.append(
+                        f"{name!r} of {source.folder.name} says neither by its name nor by an organ of its dataset "
+                        "where it lies, so it cannot be told what it is in another dataset"
+                    )
                 entry = merged.setdefault(key, MergedClass(shown, hosts is not None))
                 if roles.setdefault(name_key(shown), hosts is not None) != (hosts is not None):
                     problems.append(
@@ -302,14 +315,17 @@ class Merge:
         ]
 
     def _described_hosts(self, tumor: MergedClass, organs: Sequence[MergedClass]) -> tuple[str, ...]:
-        """Of a tumor whose own dataset labels no organ: the merged organs that its description or its name names."""
+        """Of a tumor whose own dataset labels no organ: the merged organs that its description or its name names.
+
+        One that names none has the whole body as its host, as in its own dataset, even where a single organ is merged.
+        """
         entry = catalog().find(tumor.name, (), "tumor")
         described = {name_key(h) for h in entry.hosts} if entry is not None else set()
         keys = {c.name: class_key(c.name, None) for c in organs}
         found = tuple(name for name, key in keys.items() if key in described)
         if found:
             return found
-        return infer_hosts(tumor.name, keys)
+        return organs_named(tumor.name, keys)
 
     # ------------------------------------------------------------------------------------------------ label values
     def table_of(self, source: MergeSource) -> dict[int, int]:
