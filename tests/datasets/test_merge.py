@@ -14,6 +14,7 @@ import SimpleITK as sitk
 from tests.datasets.test_same_scan import patient, resampled
 from tests.real_ct import data_folder, write_real_ct_dataset
 from zept_nnunet.cli import main
+from zept_nnunet.datasets import merge_write
 from zept_nnunet.datasets.merge import Merge
 from zept_nnunet.taxonomy import Taxonomy, annotated_for, annotated_patterns
 
@@ -243,7 +244,7 @@ def test_an_interrupted_merge_goes_on_and_leaves_no_half_written_case(
     raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     three(raw)
-    write, written = Merge._write_label, []
+    write, written = merge_write.write_label, []
 
     def fails_at_the_fourth(self: Merge, source: Any, case: str, files: Any, path: Path) -> None:
         if len(written) == 3:
@@ -252,7 +253,7 @@ def test_an_interrupted_merge_goes_on_and_leaves_no_half_written_case(
         written.append(case)
         write(self, source, case, files, path)
 
-    monkeypatch.setattr(Merge, "_write_label", fails_at_the_fourth)
+    monkeypatch.setattr(merge_write, "write_label", fails_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         merge()
     assert not list(raw.glob("Dataset110*"))
@@ -261,7 +262,7 @@ def test_an_interrupted_merge_goes_on_and_leaves_no_half_written_case(
         written.append(case)
         write(self, source, case, files, path)
 
-    monkeypatch.setattr(Merge, "_write_label", counts)
+    monkeypatch.setattr(merge_write, "write_label", counts)
     assert merge() == 0
     assert len(written) == 15, "the three that were there are not written again"
     folder, _ = merged(raw)

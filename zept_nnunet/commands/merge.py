@@ -50,9 +50,13 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check and show everything; then write, unless it is a dry run."""
     raw = folder_of("nnUNet_raw")
-    preprocessed = None if args.dry_run else folder_of("nnUNet_preprocessed")
+    variable = "nnUNet_preprocessed"
+    preprocessed = None if args.dry_run and not os.environ.get(variable) else folder_of(variable)
 
-    from zept_nnunet.datasets.merge import Merge, MergeMap, MergeSource
+    from zept_nnunet.datasets.merge import Merge, MergeSource
+    from zept_nnunet.datasets.merge_map import MergeMap
+    from zept_nnunet.datasets.merge_splits import check_splits, make_splits, remarks
+    from zept_nnunet.datasets.merge_write import described, state_of, write
     from zept_nnunet.datasets.same_scan import groups_of
 
     folders = [dataset_of(d, raw) for d in args.d]
@@ -68,16 +72,23 @@ def run(args: argparse.Namespace) -> int:
     pairs = [] if args.no_content_check else _same_scans(sources, tests, args.allow_overlap, raw)
     names = [source.merged_case(case) for source in sources for case in source.cases]
     same = groups_of(names, pairs)
-    splits = merge.splits(same)
+    splits = make_splits(merge, same)
     print(f"\n{len(names)} cases, {len(splits)} folds of {', '.join(str(len(s['val'])) for s in splits)} cases")
-    merge.dataset_json(target, same)  # errors come before anything is written, and in the dry run too
+    for remark in remarks(merge, splits):
+        print(f"  note: {remark}")
+    content = described(merge, target, same)  # errors come before anything is written, and in the dry run too
+    if preprocessed is not None:
+        check_splits(preprocessed / target.name, splits)
+    if state_of(target, content) == "changed":
+        print(
+            f"  note: the datasets have changed since {target.name} was merged: it is written anew. What was planned, "
+            "preprocessed or trained with it is of the earlier one: start again from `zept plan`"
+        )
     if args.dry_run:
         print(f"dry run: nothing was written; it would be {target}")
         return 0
     assert preprocessed is not None
-    _check_splits(preprocessed / target.name, splits)
-    done = merge.write(target, same)
-    _write_splits(preprocessed / target.name, splits)
+    done = write(merge, target, content, splits, preprocessed / target.name)
     print(f"{target}" + (f" ({done} label files were there already)" if done else ""))
     print(f"next: zept plan -d {int(target.name[7:10])}, or nnUNetv2_plan_and_preprocess -d {int(target.name[7:10])}")
     return 0
@@ -234,16 +245,3 @@ def _same_scans(sources: list[MergeSource], tests: list[Path], allowed: list[str
     if across:
         print(f"\n{len(across)} training scans are test scans too (allowed):\n{summary(across)}")
     return among
-
-
-def _check_splits(folder: Path, splits: list[dict[str, list[str]]]) -> None:
-    """Refuse other folds than these: models may have been trained with them."""
-    path = folder / "splits_final.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != splits:
-        raise ZePTError(f"{path} holds other folds than this merge makes; remove it if no model was trained with it")
-
-
-def _write_splits(folder: Path, splits: list[dict[str, list[str]]]) -> None:
-    """splits_final.json, where nnU-Net looks for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "splits_final.json").write_text(json.dumps(splits, indent=2) + "\n", encoding="utf-8")

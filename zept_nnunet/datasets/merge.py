@@ -10,32 +10,20 @@ unknown.
 from __future__ import annotations
 
 import glob
-import hashlib
 import itertools
-import json
 import os
-import re
-import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-from tqdm import tqdm  # type: ignore[import-untyped]
-
+from zept_nnunet.datasets.merge_map import MergeMap
 from zept_nnunet.datasets.model_organs import ModelOrgans
 from zept_nnunet.datasets.raw_folder import (
-    nearest_hosts,
     read_dataset_json,
-    relabeled,
     training_cases,
-    write_dataset_json,
 )
-from zept_nnunet.datasets.same_scan import Ties
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.labels import RESERVED
@@ -45,58 +33,6 @@ from zept_nnunet.taxonomy import Taxonomy, Tumor, annotated_for, annotated_patte
 KEY = "zept_merge"
 """Where the dataset.json of a merged dataset says what it is."""
 NUM_FOLDS = 5
-
-
-@dataclass(frozen=True)
-class MergeMap:
-    """What the user says of some labels and patients. `labels`: dataset → label → name in the merged dataset, or None
-    where it is left out; `patients`: dataset → regular expression whose first group is the patient's name.
-    """
-
-    labels: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
-    patients: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path) -> MergeMap:
-        """A YAML file: `labels: {101: {kidney_l: left kidney, spleen: null}}` and `patients: {101: "^(p[0-9]+)_"}`.
-
-        Raises:
-            ZePTError: it cannot be read or is not of that form.
-        """
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ZePTError(f"{path} cannot be read as YAML: {error}") from error
-        if not isinstance(content, dict) or set(content) - {"labels", "patients"}:
-            raise ZePTError(f"{path}: wanted the entries 'labels' and 'patients', found {content!r}")
-        labels, patients = content.get("labels") or {}, content.get("patients") or {}
-        ok = isinstance(labels, dict) and all(
-            isinstance(names, dict) and all(n is None or (isinstance(n, str) and n.strip()) for n in names.values())
-            for names in labels.values()
-        )
-        if not ok or not isinstance(patients, dict):
-            raise ZePTError(
-                f"{path}: 'labels' wants DATASET: {{LABEL: NAME or null}}, 'patients' DATASET: REGULAR EXPRESSION"
-            )
-        compiled = {}
-        for dataset, expression in patients.items():
-            try:
-                compiled[_id_of(dataset, path)] = re.compile(str(expression))
-            except re.error as error:
-                raise ZePTError(
-                    f"{path}, patients, {dataset}: {expression!r} is no regular expression: {error}"
-                ) from error
-            if compiled[_id_of(dataset, path)].groups < 1:
-                raise ZePTError(f"{path}, patients, {dataset}: {expression!r} has no group (…) that holds the patient")
-        return cls({_id_of(d, path): {str(k): v for k, v in names.items()} for d, names in labels.items()}, compiled)
-
-
-def _id_of(dataset: Any, path: Path) -> str:
-    """The three digits of a dataset's ID, from the ID or the whole name."""
-    found = re.fullmatch(r"(?:Dataset)?(\d{1,3})(?:_.*)?", str(dataset))
-    if found is None:
-        raise ZePTError(f"{path}: {dataset!r} is no dataset ID and no name of a dataset")
-    return f"{int(found[1]):03d}"
 
 
 @dataclass(frozen=True)
@@ -136,6 +72,14 @@ class MergeSource:
         """Channel number → name."""
         names = self.dataset_json.get("channel_names") or self.dataset_json.get("modality") or {}
         return {str(k): str(v) for k, v in names.items()}
+
+    @cached_property
+    def reader(self) -> Any:
+        """An instance of nnU-Net's reader and writer for this dataset; chosen once, as that may read an image."""
+        from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+        example = next(iter(self.cases.values()))["images"][0]
+        return determine_reader_writer_from_dataset_json(self.dataset_json, example, verbose=False)()
 
     def merged_case(self, case: str) -> str:
         """The case's name in the merged dataset."""
@@ -351,6 +295,10 @@ class Merge:
             if t.hosts and t.label not in kept
         }
 
+    def masks_of(self, source: MergeSource) -> dict[str, int]:
+        """Masks of a model that a source takes its organs from → label values in the merged dataset."""
+        return {n: self.labels[c.name] for c in self.classes for n, v in c.members.get(source.id, []) if v is None}
+
     def annotated_in(self, source: MergeSource, names: Sequence[str] | None) -> list[str]:
         """Names in the merged dataset of what a case labels; `names`: of the source, None: all of it."""
         wanted = None if names is None else {normalize_name(n) for n in names}
@@ -410,7 +358,6 @@ class Merge:
             "dataset": cases,
             "zept": zept,
             KEY: {
-                "digest": self.digest(),
                 "sources": {
                     source.folder.name: {
                         "cases": len(source.cases),
@@ -454,126 +401,8 @@ class Merge:
                         raise ZePTError(f"two datasets describe {entry.name!r} differently (zept.knowledge); keep one")
         return found
 
-    def digest(self) -> str:
-        """Of all that the labels depend on: an interrupted merge goes on only where it is the same."""
-        content = [
-            [s.folder.name, sorted(self.table_of(s).items()), sorted(s.cases), s.organs_from and s.organs_from.record()]
-            for s in self.sources
-        ]
-        return hashlib.sha256(json.dumps([content, self.labels], sort_keys=True, default=str).encode()).hexdigest()
-
-    # ------------------------------------------------------------------------------------------------ writing
-    def write(self, target: Path, same: Mapping[str, str]) -> int:
-        """Write the merged dataset; returns how many label files were there from an interrupted run.
-
-        Label files come first, each whole or not at all, in a folder beside `target`; dataset.json last; then the
-        folder takes its place.
-
-        Raises:
-            ZePTError: `target` holds another dataset, or a label file cannot be read or holds an unknown value.
-        """
-        if target.exists():
-            found = _record_of(target)
-            if found is None or found.get("digest") != self.digest():
-                raise ZePTError(
-                    f"{target} exists and is not what this merge would make; choose another ID (-o) or remove it, and "
-                    "the folders of the same name in nnUNet_preprocessed and nnUNet_results"
-                )
-            return len(list(self._cases()))
-        scratch = target.parent / f".zept_merge_{target.name}"
-        record = scratch / "merge.json"
-        if scratch.exists() and (not record.is_file() or record.read_text(encoding="utf-8") != self.digest()):
-            shutil.rmtree(scratch)  # of another merge
-        (scratch / "labelsTr").mkdir(parents=True, exist_ok=True)
-        record.write_text(self.digest(), encoding="utf-8")
-        ending = str(self.sources[0].dataset_json["file_ending"])
-        for leftover in (scratch / "labelsTr").glob(f".partial_*{ending}"):
-            leftover.unlink()
-        done = 0
-        progress = tqdm(list(self._cases()), desc=f"labels of {target.name}", unit="case")
-        for source, case, files in progress:
-            label = scratch / "labelsTr" / f"{source.merged_case(case)}{ending}"
-            if label.is_file():
-                done += 1
-                continue
-            partial = label.with_name(f".partial_{label.name}")
-            self._write_label(source, case, files, partial)
-            partial.rename(label)
-        write_dataset_json(scratch, self.dataset_json(target, same))
-        record.unlink()
-        scratch.rename(target)
-        return done
-
-    def _cases(self) -> Iterator[tuple[MergeSource, str, dict[str, Any]]]:
+    def cases(self) -> Iterator[tuple[MergeSource, str, dict[str, Any]]]:
+        """Every source's cases: the source, the case's name there, its `images` and `label`."""
         for source in self.sources:
             for case, files in source.cases.items():
                 yield source, case, files
-
-    def _write_label(self, source: MergeSource, case: str, files: Mapping[str, Any], path: Path) -> None:
-        from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-
-        reader = determine_reader_writer_from_dataset_json(source.dataset_json, files["images"][0], verbose=False)()
-        seg, properties = reader.read_seg(files["label"])
-        try:
-            values = nearest_hosts(np.rint(seg[0]).astype(np.int64), self.hosts_of(source), properties["spacing"])
-            merged = relabeled(values, self.table_of(source), source.folder / "dataset.json")
-        except ZePTError as error:
-            raise ZePTError(f"{files['label']}: {error}") from error
-        if source.organs_from is not None:
-            organs = {
-                n: self.labels[c.name] for c in self.classes for n, v in c.members.get(source.id, []) if v is None
-            }
-            merged = source.organs_from.under(merged, case, organs, reader)
-        reader.write_seg(merged, str(path), properties)
-
-    # ------------------------------------------------------------------------------------------------ splits
-    def splits(self, same: Mapping[str, str], seed: int = 12345) -> list[dict[str, list[str]]]:
-        """Five folds: each dataset is spread over all of them, and a patient's scans, and one scan of several datasets,
-        stay together. Fewer patients than folds: as many folds as patients.
-        """
-        from sklearn.model_selection import StratifiedGroupKFold  # type: ignore[import-untyped]
-
-        names, strata, groups = [], [], []
-        for source, case, _ in self._cases():
-            name = source.merged_case(case)
-            names.append(name)
-            strata.append(source.id)
-            groups.append(self.patient_of(source, case))
-        patient = dict(zip(names, groups, strict=True))
-        ties = Ties()
-        for name, leader in same.items():  # scans that are the same tie their patients together
-            ties.tie(patient[name], patient[leader])
-        roots = [ties.root(g) for g in groups]
-        folds = min(NUM_FOLDS, len(set(roots)))
-        if folds < 2:
-            raise ZePTError("all cases are of one patient: there is nothing to validate on")
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The least populated class")  # a dataset of fewer cases than folds
-            split = [
-                {"train": sorted(names[i] for i in train), "val": sorted(names[i] for i in val)}
-                for train, val in splitter.split(names, strata, roots)
-            ]
-        return split
-
-    def patient_of(self, source: MergeSource, case: str) -> str:
-        """By the map's expression, or the case itself.
-
-        Raises:
-            ZePTError: the expression does not fit the case.
-        """
-        expression = self.mapping.patients.get(source.id)
-        if expression is None:
-            return f"{source.id}/case/{case}"
-        found = expression.search(case)
-        if found is None:
-            raise ZePTError(f"the map's patients[{source.id}] {expression.pattern!r} does not fit the case {case!r}")
-        return f"{source.id}/patient/{found[1]}"
-
-
-def _record_of(folder: Path) -> dict[str, Any] | None:
-    try:
-        entry = json.loads((folder / "dataset.json").read_text(encoding="utf-8")).get(KEY)
-    except (OSError, json.JSONDecodeError):
-        return None
-    return entry if isinstance(entry, dict) else None

@@ -70,6 +70,11 @@ class ModelOrgans:
         """For dataset.json."""
         return {"tool": TOOL, "made_by": "a model", "folder": str(self.folder), "structures": list(self.names)}
 
+    def files(self, case: str) -> list[Path]:
+        """The files that hold a case's masks."""
+        multi = self.folder / f"{case}.nii.gz"
+        return [multi] if multi.is_file() else [self.folder / case / f"{name}.nii.gz" for name in self.names]
+
     def under(self, labels: np.ndarray, case: str, values: Mapping[str, int], reader: Any) -> np.ndarray:
         """Put the organs under what is labeled: a copy of `labels` (*,) whose background voxels hold them.
 

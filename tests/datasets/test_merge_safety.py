@@ -1,0 +1,155 @@
+"""What a merge checks before and while it writes: files, grids, folds, test scans, reruns."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from tests.datasets.test_merge import LITS, SHAPE, make, merged, write_image
+from zept_nnunet.cli import main
+from zept_nnunet.datasets import merge_write
+from zept_nnunet.datasets.merge import Merge
+
+LIVER, SPLEEN = {"background": 0, "liver": 1}, {"background": 0, "spleen": 1}
+
+
+def run(*flags: str, datasets: tuple[str, ...] = ("101", "102")) -> int:
+    return main(["merge", "-d", *datasets, "-o", "110", "--no-content-check", *flags])
+
+
+def two(raw: Path, cases: int = 5) -> tuple[Path, Path]:
+    return make(raw, "Dataset101_A", LIVER, cases), make(raw, "Dataset102_B", SPLEEN, cases)
+
+
+# ---------------------------------------------------------------------------------------------------- reruns
+def change_label(folder: Path) -> None:
+    label = np.zeros(SHAPE, np.uint8)
+    label[5:7] = 1
+    write_image(folder / "labelsTr" / "case0.nii.gz", label)
+
+
+def change_block(folder: Path) -> None:
+    content = json.loads((folder / "dataset.json").read_text())
+    content["zept"] = {"knowledge": {"liver": "Brown."}}
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("change", [change_label, change_block])
+def test_a_source_that_changed_is_merged_anew(raw: Path, change: Any, capsys: Any) -> None:
+    first, _ = two(raw)
+    assert run() == 0
+    target, before = merged(raw)
+    written = target.stat().st_ino
+    capsys.readouterr()
+    assert run() == 0 and "were there already" in capsys.readouterr().out
+    assert target.stat().st_ino == written
+    change(first)
+    assert run() == 0 and "changed since" in capsys.readouterr().out
+    _, after = merged(raw)
+    if change is change_block:
+        assert after["zept"]["knowledge"] == {"liver": "Brown."}
+    else:
+        label = sitk.GetArrayFromImage(sitk.ReadImage(str(target / "labelsTr" / "d101_case0.nii.gz")))
+        assert (label[5:7] == 1).all() and not label[1].any()
+    assert not list(raw.glob(".zept*")) and before["dataset"] == after["dataset"]
+
+
+def test_an_interrupted_merge_takes_no_label_of_a_source_that_changed(raw: Path, monkeypatch: Any) -> None:
+    first, _ = two(raw)
+    write, written = merge_write.write_label, []
+
+    def stops(self: Merge, source: Any, case: str, files: Any, path: Path) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(case)
+        write(self, source, case, files, path)
+
+    monkeypatch.setattr(merge_write, "write_label", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(merge_write, "write_label", write)
+    change_label(first)
+    os.utime(first / "labelsTr" / "case0.nii.gz", (time.time() + 9, time.time() + 9))
+    assert run() == 0
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(merged(raw)[0] / "labelsTr" / "d101_case0.nii.gz")))
+    assert (label[5:7] == 1).all()
+
+
+# ---------------------------------------------------------------------------------------------------- before writing
+def test_a_taken_target_is_refused_in_the_dry_run(raw: Path, capsys: Any) -> None:
+    two(raw)
+    make(raw, "Dataset110_Mine", LITS)
+    assert run("-o", "Dataset110_Mine", "--dry-run") == 1
+    assert "is not what this merge would make" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- folds
+def test_datasets_of_fewer_cases_than_folds_are_merged(raw: Path, capsys: Any) -> None:
+    two(raw, cases=3)
+    assert run() == 0
+    assert "fewer cases than folds" in capsys.readouterr().out
+    splits = json.loads(next((raw.parent / "nnUNet_preprocessed").rglob("splits_final.json")).read_text())
+    assert len(splits) == 5 and sorted(c for s in splits for c in s["val"]) == sorted(merged(raw)[1]["dataset"])
+
+
+def test_fewer_cases_than_folds_in_all_are_as_many_folds(raw: Path, capsys: Any) -> None:
+    two(raw, cases=2)
+    assert run() == 0
+    assert "4 folds" in capsys.readouterr().out
+    splits = json.loads(next((raw.parent / "nnUNet_preprocessed").rglob("splits_final.json")).read_text())
+    assert [len(s["val"]) for s in splits] == [1, 1, 1, 1]
+
+
+def test_folds_that_cannot_be_read_are_named(raw: Path, capsys: Any) -> None:
+    two(raw)
+    path = raw.parent / "nnUNet_preprocessed" / "Dataset110_Merged101102" / "splits_final.json"
+    path.parent.mkdir()
+    path.write_text('[{"train": ')
+    for flags in (["--dry-run"], []):
+        assert run(*flags) == 1
+        assert str(path) in capsys.readouterr().err
+
+
+def test_the_folds_are_there_before_the_dataset(raw: Path, monkeypatch: Any) -> None:
+    two(raw)
+    rename, seen = Path.rename, []
+
+    def watch(self: Path, target: Any) -> Path:
+        if Path(target).name.startswith("Dataset110"):
+            seen.append(json.loads(next((raw.parent / "nnUNet_preprocessed").rglob("splits_final.json")).read_text()))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watch)
+    assert run() == 0
+    assert len(seen) == 1 and len(seen[0]) == 5
+    assert [p.name for p in (raw.parent / "nnUNet_preprocessed" / "Dataset110_Merged101102").iterdir()] == [
+        "splits_final.json"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- test scans
+
+
+# ---------------------------------------------------------------------------------------------------- names of datasets
+
+
+def test_the_reader_is_chosen_once_for_each_dataset(raw: Path, monkeypatch: Any) -> None:
+    from nnunetv2.imageio import reader_writer_registry
+
+    two(raw)
+    choose, chosen = reader_writer_registry.determine_reader_writer_from_dataset_json, []
+
+    def counts(dataset_json: Any, example: Any = None, **more: Any) -> Any:
+        chosen.append(example)
+        return choose(dataset_json, example, **more)
+
+    monkeypatch.setattr(reader_writer_registry, "determine_reader_writer_from_dataset_json", counts)
+    assert run() == 0
+    assert len(chosen) == 2
