@@ -28,6 +28,10 @@ def two(raw: Path, cases: int = 5) -> tuple[Path, Path]:
     return make(raw, "Dataset101_A", LIVER, cases), make(raw, "Dataset102_B", SPLEEN, cases)
 
 
+def nothing_is_left(raw: Path) -> bool:
+    return not list(raw.glob("Dataset110*")) and not list((raw.parent / "nnUNet_preprocessed").rglob("*.json"))
+
+
 # ---------------------------------------------------------------------------------------------------- reruns
 def change_label(folder: Path) -> None:
     label = np.zeros(SHAPE, np.uint8)
@@ -88,6 +92,53 @@ def test_a_taken_target_is_refused_in_the_dry_run(raw: Path, capsys: Any) -> Non
     make(raw, "Dataset110_Mine", LITS)
     assert run("-o", "Dataset110_Mine", "--dry-run") == 1
     assert "is not what this merge would make" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["labelsTr/case2.nii.gz", "imagesTr/case2_0000.nii.gz"])
+def test_a_file_that_is_broken_is_named_in_the_dry_run(raw: Path, what: str, capsys: Any) -> None:
+    first, _ = two(raw)
+    (first / what).write_bytes(b"broken")
+    for flags in (["--dry-run"], []):
+        assert run(*flags) == 1
+        assert what in capsys.readouterr().err
+    assert nothing_is_left(raw)
+
+
+def test_a_label_that_is_missing_is_named_in_the_dry_run(raw: Path, capsys: Any) -> None:
+    first, _ = two(raw)
+    (first / "labelsTr/case2.nii.gz").unlink()
+    assert run("--dry-run") == 1
+    assert "case2.nii.gz" in capsys.readouterr().err
+
+
+def test_a_label_that_ends_too_early_is_named(raw: Path, capsys: Any) -> None:
+    first, _ = two(raw)
+    path = first / "labelsTr" / "case2.nii.gz"
+    rng = np.random.default_rng(0)
+    write_image(path, rng.integers(0, 2, (30, 40, 50)).astype(np.uint8))
+    write_image(first / "imagesTr" / "case2_0000.nii.gz", np.zeros((30, 40, 50), np.float32))
+    path.write_bytes(path.read_bytes()[:2000])
+    assert run() == 1
+    assert "case2.nii.gz" in capsys.readouterr().err and nothing_is_left(raw)
+
+
+def moved(path: Path, what: str) -> None:
+    image = sitk.ReadImage(str(path))
+    if what == "origin":
+        image.SetOrigin((30.0, 0.0, 0.0))
+    elif what == "spacing":
+        image.SetSpacing((1.0, 1.0, 4.0))
+    else:
+        image.SetDirection((-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
+    sitk.WriteImage(image, str(path))
+
+
+@pytest.mark.parametrize("what", ["origin", "spacing", "direction"])
+def test_a_label_on_another_grid_than_its_image_is_reported(raw: Path, what: str, capsys: Any) -> None:
+    first, _ = two(raw)
+    moved(first / "labelsTr" / "case3.nii.gz", what)
+    assert run("--dry-run") == 0
+    assert "different grids in 1 cases: case3" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------- folds

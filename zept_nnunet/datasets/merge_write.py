@@ -16,7 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.merge import KEY, Merge, MergeSource
 from zept_nnunet.datasets.merge_splits import Splits, write_splits
-from zept_nnunet.datasets.raw_folder import nearest_hosts, relabeled, write_dataset_json
+from zept_nnunet.datasets.raw_folder import nearest_hosts, read_label_map, relabeled, write_dataset_json
 from zept_nnunet.errors import ZePTError
 
 
@@ -133,12 +133,9 @@ def write_label(merge: Merge, source: MergeSource, case: str, files: Mapping[str
         ZePTError: the label or a mask cannot be read, or holds an unknown value.
     """
     reader = source.reader
+    before, properties = read_label_map(Path(files["label"]), reader)
     try:
-        seg, properties = reader.read_seg(files["label"])
-    except Exception as error:  # each of nnU-Net's readers raises errors of its own library
-        raise ZePTError(f"{files['label']} cannot be read: {str(error).strip().splitlines()[-1:]}") from error
-    try:
-        values = nearest_hosts(np.rint(seg[0]).astype(np.int64), merge.hosts_of(source), properties["spacing"])
+        values = nearest_hosts(before, merge.hosts_of(source), properties["spacing"])
         merged = relabeled(values, merge.table_of(source), source.folder / "dataset.json")
     except ZePTError as error:
         raise ZePTError(f"{files['label']}: {error}") from error
@@ -154,8 +151,8 @@ def empty_organs(merge: Merge, target: Path, ending: str) -> Iterator[tuple[str,
         for case in source.cases:
             if not wanted:
                 break
-            seg, _ = source.reader.read_seg(str(target / "labelsTr" / f"{source.merged_case(case)}{ending}"))
-            for value in np.unique(np.rint(seg)).astype(int).tolist():
+            path = target / "labelsTr" / f"{source.merged_case(case)}{ending}"
+            for value in np.unique(read_label_map(path, source.reader)[0]).tolist():
                 wanted.pop(value, None)
         for name in wanted.values():
             yield source.folder.name, name

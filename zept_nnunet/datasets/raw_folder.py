@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import shutil
 import tempfile
@@ -53,6 +54,24 @@ def training_cases(folder: Path, dataset_json: Mapping[str, Any]) -> dict[str, d
 
     found = get_filenames_of_train_images_and_targets(str(folder), copy.deepcopy(dict(dataset_json)))
     return {str(case): found[case] for case in sorted(found)}
+
+
+def read_label_map(path: Path, reader: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    """A label map (*,) as int64, and its properties, by one of nnU-Net's readers.
+
+    Raises:
+        ZePTError: the file is missing, cannot be read or ends too early.
+    """
+    try:
+        if path.suffix == ".gz":  # SimpleITK fills up what a file that ends too early lacks, and says nothing
+            with gzip.open(path) as content:
+                while content.read(1 << 24):
+                    pass
+        seg, properties = reader.read_seg(str(path))
+    except Exception as error:  # each reader raises errors of its own library
+        reason = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ZePTError(f"{path} cannot be read ({reason[-1].strip()}); restore the file") from error
+    return np.rint(seg[0]).astype(np.int64), properties
 
 
 def write_dataset_json(folder: Path, content: Mapping[str, Any]) -> None:
