@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from tests.datasets.test_merge import LITS, SHAPE, make, merged, write_image
+from tests.datasets.test_merge import LITS, ORGANS, SHAPE, make, merged, with_scans, write_image
 from zept_nnunet.cli import main
 from zept_nnunet.datasets import merge_write
 from zept_nnunet.datasets.merge import Merge
@@ -186,9 +186,35 @@ def test_the_folds_are_there_before_the_dataset(raw: Path, monkeypatch: Any) -> 
 
 
 # ---------------------------------------------------------------------------------------------------- test scans
+def test_test_scans_kept_as_training_images_are_compared(raw: Path, capsys: Any) -> None:
+    with_scans(raw)
+    (raw / "Dataset102_S").rename(raw / "Dataset103_S")
+    make(raw, "Dataset102_S", ORGANS)
+    assert main(["merge", "-d", "101", "102", "-o", "110", "--test", "103"]) == 1
+    error = capsys.readouterr().err
+    assert "d101_case1 = test Dataset103_S" in error and "--allow-overlap Dataset103_S" in error
+
+
+def test_a_test_dataset_without_scans_or_description_is_refused(raw: Path, capsys: Any) -> None:
+    two(raw)
+    flags = ["merge", "-d", "101", "102", "-o", "110", "--dry-run", "--test", "103"]
+    (raw / "Dataset103_T").mkdir()
+    assert main(flags) == 1 and "Dataset103_T" in capsys.readouterr().err
+    content = {"channel_names": {"0": "CT"}, "labels": LIVER, "numTraining": 0, "file_ending": ".nii.gz"}
+    (raw / "Dataset103_T" / "dataset.json").write_text(json.dumps(content))
+    assert main(flags) == 1 and "holds no scan" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- names of datasets
+
+
+def test_a_dataset_without_file_ending_is_refused(raw: Path, capsys: Any) -> None:
+    first, _ = two(raw)
+    content = json.loads((first / "dataset.json").read_text())
+    del content["file_ending"]
+    (first / "dataset.json").write_text(json.dumps(content))
+    assert run("--dry-run") == 1
+    assert "file_ending" in capsys.readouterr().err
 
 
 def test_the_reader_is_chosen_once_for_each_dataset(raw: Path, monkeypatch: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,6 +211,19 @@ def print_geometry(sources: list[MergeSource]) -> None:
         )
 
 
+def _test_scans(folder: Path, with_training: bool) -> dict[str, Path]:
+    """Name of each test scan → its first image; `with_training`: and of the training scans, which test there too."""
+    from zept_nnunet.datasets.raw_folder import file_ending_of, read_dataset_json, training_cases
+
+    dataset_json = read_dataset_json(folder)
+    ending = f"_0000{file_ending_of(dataset_json, folder)}"
+    found = {image.name.removesuffix(ending): image for image in sorted((folder / "imagesTs").glob(f"*{ending}"))}
+    if with_training and ("dataset" in dataset_json or (folder / "imagesTr").is_dir()):
+        cases = training_cases(folder, dataset_json)
+        found |= {f"imagesTr/{case}": Path(files["images"][0]) for case, files in cases.items()}
+    return found
+
+
 def _same_scans(sources: list[MergeSource], tests: list[Path], allowed: list[str], raw: Path) -> list[SameScan]:
     """Pairs of training scans that are one; an error where a training scan is a test scan."""
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -220,11 +232,17 @@ def _same_scans(sources: list[MergeSource], tests: list[Path], allowed: list[str
 
     paths = {s.merged_case(case): Path(files["images"][0]) for s in sources for case, files in s.cases.items()}
     training = set(paths)
+    merged = [s.folder for s in sources]
     test_of: dict[str, str] = {}
-    for folder in dict.fromkeys([*(s.folder for s in sources), *tests]):
-        ending = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
-        for image in sorted((folder / "imagesTs").glob(f"*_0000{ending}")):
-            name = f"test {folder.name}/{image.name.removesuffix(f'_0000{ending}')}"
+    for folder in dict.fromkeys([*merged, *tests]):
+        found = _test_scans(folder, folder not in merged)
+        if folder in tests and not found:
+            raise ZePTError(
+                f"--test {folder.name}: it holds no scan to compare; wanted images in {folder / 'imagesTs'}"
+                + ("" if folder in merged else " or imagesTr")
+            )
+        for case, image in found.items():
+            name = f"test {folder.name}/{case}"
             paths[name], test_of[name] = image, folder.name
     scans = {name: read_landmarks(path) for name, path in tqdm(paths.items(), desc="content", unit="scan")}
     pairs = find_same_scans(paths, scans)

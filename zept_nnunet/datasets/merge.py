@@ -21,6 +21,7 @@ from typing import Any
 from zept_nnunet.datasets.merge_map import MergeMap
 from zept_nnunet.datasets.model_organs import ModelOrgans
 from zept_nnunet.datasets.raw_folder import (
+    file_ending_of,
     read_dataset_json,
     training_cases,
 )
@@ -59,6 +60,7 @@ class MergeSource:
         """
         path = folder / "dataset.json"
         dataset_json = read_dataset_json(folder)
+        file_ending_of(dataset_json, folder)
         taxonomy = Taxonomy.from_dataset_json(dataset_json, str(path))
         return cls(folder, dataset_json, taxonomy, annotated_patterns(dataset_json, str(path)), organs_from)
 

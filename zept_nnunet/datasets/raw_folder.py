@@ -48,6 +48,20 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     return content
 
 
+def file_ending_of(dataset_json: Mapping[str, Any], folder: Path) -> str:
+    """What the files of a raw dataset end with: ".nii.gz".
+
+    Raises:
+        ZePTError: its dataset.json does not say so.
+    """
+    ending = dataset_json.get("file_ending")
+    if not isinstance(ending, str) or not ending:
+        raise ZePTError(
+            f'{folder / "dataset.json"} wants "file_ending", such as ".nii.gz", as nnU-Net v2 does; found {ending!r}'
+        )
+    return ending
+
+
 def training_cases(folder: Path, dataset_json: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Case identifier → its training `images` (list of paths) and `label` (path), as nnU-Net finds them."""
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
