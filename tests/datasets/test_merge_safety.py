@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from tests.datasets.test_merge import LITS, ORGANS, SHAPE, make, merged, with_scans, write_image
+from tests.datasets.test_merge import LITS, ORGANS, SHAPE, make, merged, organ_masks, with_scans, write_image
 from zept_nnunet.cli import main
 from zept_nnunet.datasets import merge_write
 from zept_nnunet.datasets.merge import Merge
@@ -139,6 +140,35 @@ def test_a_label_on_another_grid_than_its_image_is_reported(raw: Path, what: str
     moved(first / "labelsTr" / "case3.nii.gz", what)
     assert run("--dry-run") == 0
     assert "different grids in 1 cases: case3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("as_files", [True, False])
+@pytest.mark.parametrize("what", ["origin", "spacing", "direction", "broken"])
+def test_masks_on_another_grid_are_refused_in_the_dry_run(raw: Path, as_files: bool, what: str, capsys: Any) -> None:
+    folder = organ_masks(raw, as_files)
+    path = folder / "case3" / "liver.nii.gz" if as_files else folder / "case3.nii.gz"
+    if what == "broken":
+        path.write_bytes(b"broken")
+    else:
+        moved(path, what)
+    assert run("--organs-from", str(folder), "--dry-run", datasets=("101",)) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_values_that_the_model_does_not_have_are_refused(raw: Path, capsys: Any) -> None:
+    folder = organ_masks(raw, False)
+    write_image(folder / "case3.nii.gz", np.full(SHAPE, 200, np.uint8))
+    assert run("--organs-from", str(folder), datasets=("101",)) == 1
+    error = capsys.readouterr().err
+    assert "200" in error and "case3.nii.gz" in error and nothing_is_left(raw)
+
+
+def test_an_organ_that_is_empty_in_every_case_is_told(raw: Path, capsys: Any) -> None:
+    folder = organ_masks(raw, False)
+    flags = ["--organs-from", str(folder), "--organs", "liver", "spleen"]
+    assert run(*flags, datasets=("101",)) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"WARNING: .*spleen", said) and not re.search(r"WARNING: .*liver", said)
 
 
 # ---------------------------------------------------------------------------------------------------- folds

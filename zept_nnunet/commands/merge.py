@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from zept_nnunet.datasets.merge import Merge, MergeSource
     from zept_nnunet.datasets.merge_map import MergeMap
     from zept_nnunet.datasets.merge_splits import check_splits, make_splits, remarks
-    from zept_nnunet.datasets.merge_write import described, state_of, write
+    from zept_nnunet.datasets.merge_write import described, empty_organs, state_of, write
     from zept_nnunet.datasets.same_scan import groups_of
 
     folders = [dataset_of(d, raw) for d in args.d]
@@ -67,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
     merge = Merge(sources, MergeMap.read(Path(args.map)) if args.map else None)
     print(labels_table(merge))
     print_geometry(sources)
+    for source in sources:
+        if source.organs_from is not None:
+            source.organs_from.check(source.cases)
     tests = [dataset_of(d, raw) for d in args.test]
     pairs = [] if args.no_content_check else _same_scans(sources, tests, args.allow_overlap, raw)
     names = [source.merged_case(case) for source in sources for case in source.cases]
@@ -88,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     assert preprocessed is not None
     done = write(merge, target, content, splits, preprocessed / target.name)
+    for name, organ in empty_organs(merge, target, content["file_ending"]):
+        print(f"  WARNING: the masks of --organs-from show no voxel of {organ} in any case of {name}")
     print(f"{target}" + (f" ({done} label files were there already)" if done else ""))
     print(f"next: zept plan -d {int(target.name[7:10])}, or nnUNetv2_plan_and_preprocess -d {int(target.name[7:10])}")
     return 0

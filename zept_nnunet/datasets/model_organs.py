@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from zept_nnunet.datasets.geometry import on_one_grid, read_header
+from zept_nnunet.datasets.raw_folder import read_label_map
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.names import name_key
 
@@ -75,6 +77,25 @@ class ModelOrgans:
         multi = self.folder / f"{case}.nii.gz"
         return [multi] if multi.is_file() else [self.folder / case / f"{name}.nii.gz" for name in self.names]
 
+    def check(self, cases: Mapping[str, Mapping[str, Any]]) -> None:
+        """Check, by their headers alone, that all masks lie on the grid of their case's label.
+
+        Args:
+            cases: case → its training `images` and `label`.
+
+        Raises:
+            ZePTError: a mask cannot be read or lies on another grid.
+        """
+        for case, files in cases.items():
+            label = read_header(Path(files["label"]))
+            for path in self.files(case):
+                mask = read_header(path)
+                if label is not None and mask is not None and not on_one_grid(mask, label):
+                    raise ZePTError(
+                        f"{path} lies on another grid than {files['label']} (voxels, spacing, origin or direction "
+                        f"differ): {_grid(mask)}, wanted {_grid(label)}. Make the masks from the dataset's own images"
+                    )
+
     def under(self, labels: np.ndarray, case: str, values: Mapping[str, int], reader: Any) -> np.ndarray:
         """Put the organs under what is labeled: a copy of `labels` (*,) whose background voxels hold them.
 
@@ -83,10 +104,15 @@ class ModelOrgans:
             reader: nnU-Net's reader of the dataset.
 
         Raises:
-            ZePTError: a mask lies on another grid.
+            ZePTError: a mask cannot be read, lies on another grid or holds a value that is no structure.
         """
         result, multi = labels.copy(), self.folder / f"{case}.nii.gz"
         whole = self._read(multi, labels.shape, reader) if multi.is_file() else None
+        if whole is not None and (unknown := sorted(set(np.unique(whole).tolist()) - {0, *class_map().values()})):
+            raise ZePTError(
+                f"{multi} holds the values {unknown}, which are no structures of {TOOL} (1 to {len(class_map())}): "
+                "--organs-from wants its multi-label output, not that of another tool or task"
+            )
         for name, value in values.items():
             if whole is not None:
                 mask = whole == class_map()[name]
@@ -97,10 +123,15 @@ class ModelOrgans:
 
     @staticmethod
     def _read(path: Path, shape: tuple[int, ...], reader: Any) -> np.ndarray:
-        seg, _ = reader.read_seg(str(path))
-        array = np.rint(np.asarray(seg[0]))
+        array, _ = read_label_map(path, reader)
         if array.shape != shape:
             raise ZePTError(
                 f"{path} has {array.shape} voxels, the case's labels {shape}: make the masks on the image's own grid"
             )
         return array
+
+
+def _grid(header: Any) -> str:
+    numbers = (header.GetSize(), header.GetSpacing(), header.GetOrigin(), header.GetDirection())
+    names = ("voxels", "spacing", "origin", "direction")
+    return ", ".join(f"{n} {tuple(round(v, 3) for v in x)}" for n, x in zip(names, numbers, strict=True))
