@@ -106,6 +106,59 @@ def test_a_generic_tumor_whose_dataset_says_nothing_of_organs_is_a_conflict(raw:
     assert hosts_of(raw) == {"liver tumor": ("liver",)}
 
 
+def test_descriptions_of_unseen_tumors_and_the_vectors_carry_over(raw: Path) -> None:
+    unseen = {"spleen tumor": {"hosts": ["spleen"]}}
+    zept = {"unseen": unseen, "knowledge": {"Spleen_Tumor": "A dark spot."}, "vectors": "/v/own.safetensors"}
+    make(raw, "Dataset101_A", {"background": 0, "liver": 1, "spleen": 2}, zept=zept)
+    make(raw, "Dataset102_LiTS", LITS)
+    assert run() == 0
+    block = merged(raw)[1]["zept"]
+    assert block["unseen"] == unseen and block["knowledge"] == {"spleen tumor": "A dark spot."}
+    assert block["vectors"] == "/v/own.safetensors"
+
+
+KNOWLEDGE = {
+    "vectors": ({"vectors": "/v/a.safetensors"}, {"vectors": "/v/b.safetensors"}, "different files of vectors"),
+    "descriptions": ({"knowledge": {"liver": "Red."}}, {"knowledge": {"Liver": "Brown."}}, "describe 'liver'"),
+}
+
+
+@pytest.mark.parametrize("name", KNOWLEDGE)
+def test_knowledge_that_differs_is_refused_before_anything_is_written(raw: Path, name: str, capsys: Any) -> None:
+    first, second, words = KNOWLEDGE[name]
+    make(raw, "Dataset101_A", LIVER, zept=first)
+    make(raw, "Dataset102_B", LITS, zept=second)
+    for flags in (["--dry-run"], []):
+        assert run(*flags) == 1 and words in capsys.readouterr().err
+    assert not list(raw.glob(".zept*")) and not list(raw.glob("Dataset110*"))
+
+
+def test_an_organ_of_the_dataset_that_is_left_out_leaves_the_models_organ(raw: Path) -> None:
+    make(raw, "Dataset101_LiTS", {"background": 0, "liver": 1, "tumor": 2}, cases=5)
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[:4] = 1
+    for i in range(5):
+        write_image(raw.parent / "organs" / f"case{i}" / "liver.nii.gz", mask)
+    flags = ["--organs-from", str(raw.parent / "organs"), *with_map(raw, "labels: {101: {liver: null}}")]
+    assert run(*flags, datasets=("101",)) == 0
+    target, content = merged(raw)
+    assert content["labels"] == {"background": 0, "liver": 1, "liver tumor": 2}
+    assert hosts_of(raw) == {"liver tumor": ("liver",)}
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(target / "labelsTr" / "d101_case0.nii.gz")))
+    tumor = np.zeros(SHAPE, bool)
+    tumor[2, 2:8, 2:10] = True
+    assert np.array_equal(label, np.where(tumor, 2, mask))
+
+
+def test_patterns_that_fit_no_case_are_refused_by_name(raw: Path, capsys: Any) -> None:
+    make(raw, "Dataset101_A", LIVER, zept={"annotated": {"cse*": ["liver"], "test*": ["liver"]}})
+    make(raw, "Dataset102_B", LITS)
+    write_image(raw / "Dataset101_A" / "imagesTs" / "test0_0000.nii.gz", np.zeros(SHAPE, np.float32))
+    assert run() == 1
+    error = capsys.readouterr().err
+    assert "'cse*'" in error and "'test*'" not in error and "Dataset101_A" in error
+
+
 def test_patterns_that_disagree_are_refused_in_the_dry_run(raw: Path, capsys: Any) -> None:
     make(raw, "Dataset101_A", LITS, zept={"annotated": {"case*": ["liver"], "*0": ["liver", "tumor"]}})
     make(raw, "Dataset102_B", LIVER)

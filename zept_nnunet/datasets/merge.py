@@ -14,6 +14,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from zept_nnunet.datasets.raw_folder import (
     read_dataset_json,
     training_cases,
 )
+from zept_nnunet.declarations import Unseen, declared_vectors
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.labels import RESERVED
@@ -192,10 +194,13 @@ class Merge:
             ]
             keys = {}
             by_name = {normalize_name(k): v for k, v in mapped.items()}
+            labeled = {normalize_name(c.name) for c in source.taxonomy.classes}
             for name, label, hosts in source.classes():
-                if by_name.get(normalize_name(name), "") is None:
+                # of a label and a model's mask of one name, the map speaks of the label
+                named = by_name if label is not None or normalize_name(name) not in labeled else {}
+                if named.get(normalize_name(name), "") is None:
                     continue  # left out
-                chosen = by_name.get(normalize_name(name))
+                chosen = named.get(normalize_name(name))
                 read = source.taxonomy.reading(name)  # of a public dataset: "cancer" → "lung tumor"
                 shown = chosen or self._name_of(read, hosts)
                 key = keys[name] = class_key(chosen or read, hosts)
@@ -347,10 +352,13 @@ class Merge:
             "organs": [c.name for c in self.classes if not c.is_tumor],
             "tumors": {c.name: {"hosts": list(c.hosts)} for c in self.classes if c.is_tumor},
         }
+        self._check_patterns()
         unseen = self._unseen()
         zept |= {"unseen": unseen} if unseen else {}
         knowledge = self._knowledge()
         zept |= {"knowledge": knowledge} if knowledge else {}
+        vectors = self._vectors()
+        zept |= {"vectors": vectors} if vectors else {}
         annotated = self.annotated()
         zept |= {"annotated": annotated} if annotated else {}
         content = {
@@ -374,6 +382,25 @@ class Merge:
         Taxonomy.from_dataset_json(content, f"the merged {target.name}/dataset.json")
         return content
 
+    def _check_patterns(self) -> None:
+        """Refuse a pattern of `zept.annotated` that fits no case: those meant by it would count as labeled wholly.
+
+        Raises:
+            ZePTError: it fits neither a training case nor a test scan of its dataset.
+        """
+        for source in self.sources:
+            ending = file_ending_of(source.dataset_json, source.folder)
+            images = (source.folder / "imagesTs").glob(f"*_0000{ending}")
+            labels = (source.folder / "labelsTs").glob(f"*{ending}")
+            tests = [p.name.removesuffix(ending).removesuffix("_0000") for p in itertools.chain(images, labels)]
+            cases = [*source.cases, *tests]
+            unused = [p for p in source.patterns if not any(fnmatchcase(case, p) for case in cases)]
+            if unused:
+                raise ZePTError(
+                    f"{source.folder / 'dataset.json'}, zept.annotated: no case has a name like {unused}. A case that "
+                    f"no pattern fits counts as labeled wholly: correct or remove them; cases: {cases[:3]} …"
+                )
+
     def _unseen(self) -> dict[str, Any]:
         """Tumors that some dataset declares unseen and none labels; label values are given anew."""
         labeled = {class_key(c.name, c.hosts) for c in self.classes if c.is_tumor}
@@ -381,7 +408,8 @@ class Merge:
         for source in self.sources:
             for unseen in declared_unseen(source.dataset_json, str(source.folder / "dataset.json")):
                 names = {n: c.name for c in self.classes for n, _ in c.members.get(source.id, [])}
-                if class_key(unseen.name, unseen.hosts) not in labeled and unseen.name not in found:
+                known = normalize_name(unseen.name) in map(normalize_name, found)
+                if class_key(unseen.name, unseen.hosts) not in labeled and not known:
                     found[unseen.name] = {"hosts": [names[h] for h in unseen.hosts if h in names]}
         return found
 
@@ -393,15 +421,40 @@ class Merge:
         """
         found: dict[str, Any] = {}
         for source in self.sources:
-            own = {
-                normalize_name(k): v for k, v in (source.dataset_json.get("zept") or {}).get("knowledge", {}).items()
-            }
-            for entry in self.classes:
-                for name, _ in entry.members.get(source.id, []):
-                    text = own.get(normalize_name(name))
-                    if text is not None and found.setdefault(entry.name, text) != text:
-                        raise ZePTError(f"two datasets describe {entry.name!r} differently (zept.knowledge); keep one")
+            block = source.dataset_json.get("zept") or {}
+            own = {normalize_name(k): v for k, v in (block.get("knowledge") or {}).items()}
+            names = [(n, c.name) for c in self.classes for n, _ in c.members.get(source.id, [])]
+            unseen = declared_unseen(source.dataset_json, str(source.folder / "dataset.json"))
+            names += [(u.name, merged) for u in unseen if (merged := self._merged_unseen(u)) is not None]
+            for name, merged in names:
+                text = own.get(normalize_name(name))
+                if text is not None and found.setdefault(merged, text) != text:
+                    raise ZePTError(f"two datasets describe {merged!r} differently (zept.knowledge); keep one")
         return found
+
+    def _merged_unseen(self, unseen: Unseen) -> str | None:
+        """The merged name of a tumor that some dataset declares unseen; None where it is left out."""
+        labeled = {class_key(c.name, c.hosts): c.name for c in self.classes if c.is_tumor}
+        declared = {normalize_name(name): name for name in self._unseen()}
+        return labeled.get(class_key(unseen.name, unseen.hosts)) or declared.get(normalize_name(unseen.name))
+
+    def _vectors(self) -> str | None:
+        """The file of vectors that the datasets name.
+
+        Raises:
+            ZePTError: they name several.
+        """
+        found = {}
+        for source in self.sources:
+            path = declared_vectors(source.dataset_json, str(source.folder / "dataset.json"))
+            if path is not None:
+                found[source.folder.name] = str(path)
+        if len(set(found.values())) > 1:
+            raise ZePTError(
+                f"the datasets name different files of vectors (zept.vectors): {found}. One model has one: write the "
+                "vectors of all classes into one file and name it in each dataset.json"
+            )
+        return next(iter(found.values()), None)
 
     def cases(self) -> Iterator[tuple[MergeSource, str, dict[str, Any]]]:
         """Every source's cases: the source, the case's name there, its `images` and `label`."""
