@@ -226,9 +226,9 @@ class Merge:
                     )
             for name, _, hosts in source.classes():
                 if hosts and name in keys:
-                    named = {keys[h] for h in hosts if h in keys}
-                    if named:
-                        host_keys.setdefault(keys[name], {})[source.folder.name] = named
+                    organs_there = {keys[h] for h in hosts if h in keys}
+                    if organs_there:
+                        host_keys.setdefault(keys[name], {})[source.folder.name] = organs_there
         problems += self._overlaps(merged) + _unusable_names(merged.values())
         for key, by_source in host_keys.items():
             if len({frozenset(h) for h in by_source.values()}) > 1:
