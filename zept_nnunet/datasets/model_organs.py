@@ -19,7 +19,7 @@ import yaml
 from zept_nnunet.datasets.geometry import on_one_grid, read_header
 from zept_nnunet.datasets.raw_folder import read_label_map
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.names import name_key
+from zept_nnunet.names import infer_is_tumor, may_overlap, name_key
 
 TOOL = "TotalSegmentator v2, total"
 
@@ -29,6 +29,12 @@ def class_map() -> dict[str, int]:
     """Structure → value in TotalSegmentator's multi-label files."""
     text = (resources.files("zept_nnunet.datasets") / "class_maps.yaml").read_text(encoding="utf-8")
     return {name: value for value, name in enumerate(yaml.safe_load(text)[TOOL], start=1)}
+
+
+def structures_of(name: str) -> list[str]:
+    """TotalSegmentator's structures that an organ's name stands for: one, or its sides, lobes or levels; or none."""
+    exact = [s for s in class_map() if name_key(s) == name_key(name)]
+    return exact or [s for s in class_map() if may_overlap(name, s) and not infer_is_tumor(s)]
 
 
 @dataclass(frozen=True)
@@ -44,19 +50,19 @@ class ModelOrgans:
 
         Args:
             folder: of TotalSegmentator's output.
-            wanted: names of organs, in any spelling.
+            wanted: names of organs, in any spelling; "kidney" is both kidneys, "lung" all lobes.
             cases: identifiers.
 
         Raises:
             ZePTError: an organ is none of TotalSegmentator's, or a file is missing.
         """
-        by_key = {name_key(name): name for name in class_map()}
-        unknown = [w for w in wanted if name_key(w) not in by_key]
+        structures = {w: structures_of(w) for w in wanted}
+        unknown = [w for w, names in structures.items() if not names]
         if unknown or not wanted:
             raise ZePTError(
                 f"--organs wants structures of {TOOL}; got {unknown or 'none'}. There are: {', '.join(class_map())}"
             )
-        found = cls(folder, tuple(dict.fromkeys(by_key[name_key(w)] for w in wanted)))
+        found = cls(folder, tuple(dict.fromkeys(n for names in structures.values() for n in names)))
         for case in cases:
             if (folder / f"{case}.nii.gz").is_file():
                 continue
