@@ -150,6 +150,31 @@ def test_an_organ_of_the_dataset_that_is_left_out_leaves_the_models_organ(raw: P
     assert np.array_equal(label, np.where(tumor, 2, mask))
 
 
+SIDES = {
+    "kidney tumor": ("kidney tumor", ["kidney_left", "kidney_right"]),
+    "lung tumor": (
+        "lung tumor",
+        ["lung_lower_lobe_left", "lung_lower_lobe_right", "lung_middle_lobe_right"]
+        + ["lung_upper_lobe_left", "lung_upper_lobe_right"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_organs_of_a_model_are_the_sides_and_lobes_of_the_host(raw: Path, name: str) -> None:
+    tumor, structures = SIDES[name]
+    make(raw, "Dataset101_T", {"background": 0, tumor: 1}, zept={"tumors": {tumor: {"hosts": []}}})
+    for i in range(5):
+        for n, structure in enumerate(structures):
+            mask = np.zeros(SHAPE, np.uint8)
+            mask[n + 2] = 1
+            write_image(raw.parent / "organs" / f"case{i}" / f"{structure}.nii.gz", mask)
+    assert run("--organs-from", str(raw.parent / "organs"), datasets=("101",)) == 0
+    record = merged(raw)[1]["zept_merge"]["sources"]["Dataset101_T"]["organs_from"]
+    assert sorted(record["structures"]) == structures
+    assert {n: sorted(h) for n, h in hosts_of(raw).items()} == {tumor: structures}
+
+
 def test_patterns_that_fit_no_case_are_refused_by_name(raw: Path, capsys: Any) -> None:
     make(raw, "Dataset101_A", LIVER, zept={"annotated": {"cse*": ["liver"], "test*": ["liver"]}})
     make(raw, "Dataset102_B", LITS)

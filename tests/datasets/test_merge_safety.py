@@ -235,7 +235,30 @@ def test_a_test_dataset_without_scans_or_description_is_refused(raw: Path, capsy
     assert main(flags) == 1 and "holds no scan" in capsys.readouterr().err
 
 
+def test_small_scans_are_compared_by_their_voxels_and_counted(raw: Path, capsys: Any) -> None:
+    first, second = two(raw)
+    path = second / "imagesTr" / "case4_0000.nii.gz"
+    path.write_bytes((first / "imagesTr" / "case1_0000.nii.gz").read_bytes())
+    assert main(["merge", "-d", "101", "102", "-o", "110"]) == 0
+    said = capsys.readouterr().out
+    assert "d101_case1 = d102_case4" in said and "10 scans" in said
+    assert merged(raw)[1]["zept_merge"]["same_scans"] == {"d102_case4": "d101_case1"}
+
+
+def test_every_overlap_is_listed(raw: Path, capsys: Any) -> None:
+    first, _ = two(raw, cases=12)
+    (first / "imagesTs").mkdir()
+    for path in (first / "imagesTr").iterdir():
+        (first / "imagesTs" / path.name.replace("case", "t")).write_bytes(path.read_bytes())
+    assert main(["merge", "-d", "101", "102", "-o", "110", "--dry-run"]) == 1
+    assert capsys.readouterr().err.count(" = test Dataset101_A/t") == 12
+
+
 # ---------------------------------------------------------------------------------------------------- names of datasets
+def test_a_dataset_of_another_name_is_refused(raw: Path, capsys: Any) -> None:
+    two(raw)
+    assert run(datasets=("Dataset101_Wrong", "102")) == 1
+    assert "'Dataset101_Wrong' names 0 datasets" in capsys.readouterr().err
 
 
 def test_a_dataset_without_file_ending_is_refused(raw: Path, capsys: Any) -> None:

@@ -117,6 +117,7 @@ def dataset_of(name: str, raw: Path) -> Path:
     """
     digits = name[7:10] if name.startswith("Dataset") else f"{int(name):03d}" if name.isdigit() else ""
     found = sorted(p for p in raw.glob(f"Dataset{digits}_*") if p.is_dir()) if digits else []
+    found = [p for p in found if "_" not in name or p.name == name]
     if len(found) != 1:
         there = ", ".join(sorted(p.name for p in raw.glob("Dataset*"))) or "no dataset"
         raise ZePTError(f"{name!r} names {len(found)} datasets in {raw}, wanted one; there are: {there}")
@@ -233,7 +234,7 @@ def _same_scans(sources: list[MergeSource], tests: list[Path], allowed: list[str
     """Pairs of training scans that are one; an error where a training scan is a test scan."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    from zept_nnunet.datasets.same_scan import find_same_scans, read_landmarks, summary
+    from zept_nnunet.datasets.same_scan import find_same_scans, read_landmarks, summary, without_landmarks
 
     paths = {s.merged_case(case): Path(files["images"][0]) for s in sources for case, files in s.cases.items()}
     training = set(paths)
@@ -251,6 +252,11 @@ def _same_scans(sources: list[MergeSource], tests: list[Path], allowed: list[str
             paths[name], test_of[name] = image, folder.name
     scans = {name: read_landmarks(path) for name, path in tqdm(paths.items(), desc="content", unit="scan")}
     pairs = find_same_scans(paths, scans)
+    if small := without_landmarks(scans):
+        print(
+            f"\n{len(small)} scans are too small for landmarks, or not of three dimensions: of these only copies, "
+            f"voxel by voxel, are found: {', '.join(small[:5])}{' …' if len(small) > 5 else ''}"
+        )
     among = [p for p in pairs if {p.first, p.second} <= training]
     if among:
         print(
