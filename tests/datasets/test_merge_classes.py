@@ -154,8 +154,8 @@ SIDES = {
     "kidney tumor": ("kidney tumor", ["kidney_left", "kidney_right"]),
     "lung tumor": (
         "lung tumor",
-        ["lung_lower_lobe_left", "lung_lower_lobe_right", "lung_middle_lobe_right"]
-        + ["lung_upper_lobe_left", "lung_upper_lobe_right"],
+        [f"lung_{lobe}" for lobe in ("lower_lobe_left", "lower_lobe_right", "middle_lobe_right")]
+        + [f"lung_upper_lobe_{side}" for side in ("left", "right")],
     ),
 }
 
