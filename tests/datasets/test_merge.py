@@ -235,7 +235,7 @@ def test_orientations_and_grids_that_differ_are_reported(raw: Path, capsys: pyte
     write_image(folder / "labelsTr" / "case1.nii.gz", np.zeros(SHAPE, np.uint8), (1.0, 1.0, 3.0))
     assert main(["merge", "-d", "101", "102", "-o", "110", "--no-content-check", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "stored in 2 orientations (LPS, RAS)" in said and "different grids in 1 cases: case1" in said
+    assert "stored in 2 orientations (LPS, RAS)" in said and "different grids in 2 cases: case0, case1" in said
     assert "1.00 (1.00–1.00) × 1.00 (1.00–1.00) × 2.00 (2.00–2.00)" in said
     assert not list(raw.glob("Dataset110*")) and not list(raw.glob(".zept*"))
 
