@@ -14,18 +14,11 @@ import SimpleITK as sitk
 from tests.datasets.test_same_scan import patient, resampled
 from tests.real_ct import data_folder, write_real_ct_dataset
 from zept_nnunet.cli import main
+from zept_nnunet.datasets import merge_write
 from zept_nnunet.datasets.merge import Merge
 from zept_nnunet.taxonomy import Taxonomy, annotated_for, annotated_patterns
 
 SHAPE = (8, 10, 12)
-
-
-@pytest.fixture
-def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(name, str(tmp_path / name))
-    return tmp_path / "nnUNet_raw"
 
 
 def write_image(path: Path, array: np.ndarray, spacing: tuple[float, ...] = (1.0, 1.0, 2.0)) -> None:
@@ -242,7 +235,7 @@ def test_orientations_and_grids_that_differ_are_reported(raw: Path, capsys: pyte
     write_image(folder / "labelsTr" / "case1.nii.gz", np.zeros(SHAPE, np.uint8), (1.0, 1.0, 3.0))
     assert main(["merge", "-d", "101", "102", "-o", "110", "--no-content-check", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "stored in 2 orientations (LPS, RAS)" in said and "different grids in 1 cases: case1" in said
+    assert "stored in 2 orientations (LPS, RAS)" in said and "different grids in 2 cases: case0, case1" in said
     assert "1.00 (1.00–1.00) × 1.00 (1.00–1.00) × 2.00 (2.00–2.00)" in said
     assert not list(raw.glob("Dataset110*")) and not list(raw.glob(".zept*"))
 
@@ -251,7 +244,7 @@ def test_an_interrupted_merge_goes_on_and_leaves_no_half_written_case(
     raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     three(raw)
-    write, written = Merge._write_label, []
+    write, written = merge_write.write_label, []
 
     def fails_at_the_fourth(self: Merge, source: Any, case: str, files: Any, path: Path) -> None:
         if len(written) == 3:
@@ -260,7 +253,7 @@ def test_an_interrupted_merge_goes_on_and_leaves_no_half_written_case(
         written.append(case)
         write(self, source, case, files, path)
 
-    monkeypatch.setattr(Merge, "_write_label", fails_at_the_fourth)
+    monkeypatch.setattr(merge_write, "write_label", fails_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         merge()
     assert not list(raw.glob("Dataset110*"))
@@ -269,7 +262,7 @@ def test_an_interrupted_merge_goes_on_and_leaves_no_half_written_case(
         written.append(case)
         write(self, source, case, files, path)
 
-    monkeypatch.setattr(Merge, "_write_label", counts)
+    monkeypatch.setattr(merge_write, "write_label", counts)
     assert merge() == 0
     assert len(written) == 15, "the three that were there are not written again"
     folder, _ = merged(raw)

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 
-from tests.datasets.test_merge import make, raw  # noqa: F401 - a fixture
+from tests.datasets.conftest import raw  # noqa: F401 - a fixture
+from tests.datasets.test_merge import make
 from zept_nnunet.cli import main
 from zept_nnunet.evaluation.benchmark import (
     LabeledCases,

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from tests.datasets.test_merge import make, raw  # noqa: F401 - a fixture
+from tests.datasets.conftest import raw  # noqa: F401 - a fixture
+from tests.datasets.test_merge import make
 from zept_nnunet.cli import main
 from zept_nnunet.datasets.prepare import labels_of, recipes
 from zept_nnunet.errors import ZePTError

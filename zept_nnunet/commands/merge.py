@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,9 +49,13 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check and show everything; then write, unless it is a dry run."""
     raw = folder_of("nnUNet_raw")
-    preprocessed = None if args.dry_run else folder_of("nnUNet_preprocessed")
+    variable = "nnUNet_preprocessed"
+    preprocessed = None if args.dry_run and not os.environ.get(variable) else folder_of(variable)
 
-    from zept_nnunet.datasets.merge import Merge, MergeMap, MergeSource
+    from zept_nnunet.datasets.merge import Merge, MergeSource
+    from zept_nnunet.datasets.merge_map import MergeMap
+    from zept_nnunet.datasets.merge_splits import check_splits, make_splits, remarks
+    from zept_nnunet.datasets.merge_write import described, empty_organs, state_of, write
     from zept_nnunet.datasets.same_scan import groups_of
 
     folders = [dataset_of(d, raw) for d in args.d]
@@ -64,19 +67,32 @@ def run(args: argparse.Namespace) -> int:
     merge = Merge(sources, MergeMap.read(Path(args.map)) if args.map else None)
     print(labels_table(merge))
     print_geometry(sources)
+    for source in sources:
+        if source.organs_from is not None:
+            source.organs_from.check(source.cases)
     tests = [dataset_of(d, raw) for d in args.test]
     pairs = [] if args.no_content_check else _same_scans(sources, tests, args.allow_overlap, raw)
     names = [source.merged_case(case) for source in sources for case in source.cases]
     same = groups_of(names, pairs)
-    splits = merge.splits(same)
+    splits = make_splits(merge, same)
     print(f"\n{len(names)} cases, {len(splits)} folds of {', '.join(str(len(s['val'])) for s in splits)} cases")
+    for remark in remarks(merge, splits):
+        print(f"  note: {remark}")
+    content = described(merge, target, same)  # errors come before anything is written, and in the dry run too
+    if preprocessed is not None:
+        check_splits(preprocessed / target.name, splits)
+    if state_of(target, content) == "changed":
+        print(
+            f"  note: the datasets have changed since {target.name} was merged: it is written anew. What was planned, "
+            "preprocessed or trained with it is of the earlier one: start again from `zept plan`"
+        )
     if args.dry_run:
         print(f"dry run: nothing was written; it would be {target}")
         return 0
     assert preprocessed is not None
-    _check_splits(preprocessed / target.name, splits)
-    done = merge.write(target, same)
-    _write_splits(preprocessed / target.name, splits)
+    done = write(merge, target, content, splits, preprocessed / target.name)
+    for name, organ in empty_organs(merge, target, content["file_ending"]):
+        print(f"  WARNING: the masks of --organs-from show no voxel of {organ} in any case of {name}")
     print(f"{target}" + (f" ({done} label files were there already)" if done else ""))
     print(f"next: zept plan -d {int(target.name[7:10])}, or nnUNetv2_plan_and_preprocess -d {int(target.name[7:10])}")
     return 0
@@ -101,6 +117,7 @@ def dataset_of(name: str, raw: Path) -> Path:
     """
     digits = name[7:10] if name.startswith("Dataset") else f"{int(name):03d}" if name.isdigit() else ""
     found = sorted(p for p in raw.glob(f"Dataset{digits}_*") if p.is_dir()) if digits else []
+    found = [p for p in found if "_" not in name or p.name == name]
     if len(found) != 1:
         there = ", ".join(sorted(p.name for p in raw.glob("Dataset*"))) or "no dataset"
         raise ZePTError(f"{name!r} names {len(found)} datasets in {raw}, wanted one; there are: {there}")
@@ -200,22 +217,46 @@ def print_geometry(sources: list[MergeSource]) -> None:
         )
 
 
+def _test_scans(folder: Path, with_training: bool) -> dict[str, Path]:
+    """Name of each test scan → its first image; `with_training`: and of the training scans, which test there too."""
+    from zept_nnunet.datasets.raw_folder import file_ending_of, read_dataset_json, training_cases
+
+    dataset_json = read_dataset_json(folder)
+    ending = f"_0000{file_ending_of(dataset_json, folder)}"
+    found = {image.name.removesuffix(ending): image for image in sorted((folder / "imagesTs").glob(f"*{ending}"))}
+    if with_training and ("dataset" in dataset_json or (folder / "imagesTr").is_dir()):
+        cases = training_cases(folder, dataset_json)
+        found |= {f"imagesTr/{case}": Path(files["images"][0]) for case, files in cases.items()}
+    return found
+
+
 def _same_scans(sources: list[MergeSource], tests: list[Path], allowed: list[str], raw: Path) -> list[SameScan]:
     """Pairs of training scans that are one; an error where a training scan is a test scan."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    from zept_nnunet.datasets.same_scan import find_same_scans, read_landmarks, summary
+    from zept_nnunet.datasets.same_scan import find_same_scans, read_landmarks, summary, without_landmarks
 
     paths = {s.merged_case(case): Path(files["images"][0]) for s in sources for case, files in s.cases.items()}
     training = set(paths)
+    merged = [s.folder for s in sources]
     test_of: dict[str, str] = {}
-    for folder in dict.fromkeys([*(s.folder for s in sources), *tests]):
-        ending = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
-        for image in sorted((folder / "imagesTs").glob(f"*_0000{ending}")):
-            name = f"test {folder.name}/{image.name.removesuffix(f'_0000{ending}')}"
+    for folder in dict.fromkeys([*merged, *tests]):
+        found = _test_scans(folder, folder not in merged)
+        if folder in tests and not found:
+            raise ZePTError(
+                f"--test {folder.name}: it holds no scan to compare; wanted images in {folder / 'imagesTs'}"
+                + ("" if folder in merged else " or imagesTr")
+            )
+        for case, image in found.items():
+            name = f"test {folder.name}/{case}"
             paths[name], test_of[name] = image, folder.name
     scans = {name: read_landmarks(path) for name, path in tqdm(paths.items(), desc="content", unit="scan")}
     pairs = find_same_scans(paths, scans)
+    if small := without_landmarks(scans):
+        print(
+            f"\n{len(small)} scans are too small for landmarks, or not of three dimensions: of these only copies, "
+            f"voxel by voxel, are found: {', '.join(small[:5])}{' …' if len(small) > 5 else ''}"
+        )
     among = [p for p in pairs if {p.first, p.second} <= training]
     if among:
         print(
@@ -233,16 +274,3 @@ def _same_scans(sources: list[MergeSource], tests: list[Path], allowed: list[str
     if across:
         print(f"\n{len(across)} training scans are test scans too (allowed):\n{summary(across)}")
     return among
-
-
-def _check_splits(folder: Path, splits: list[dict[str, list[str]]]) -> None:
-    """Refuse other folds than these: models may have been trained with them."""
-    path = folder / "splits_final.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != splits:
-        raise ZePTError(f"{path} holds other folds than this merge makes; remove it if no model was trained with it")
-
-
-def _write_splits(folder: Path, splits: list[dict[str, list[str]]]) -> None:
-    """splits_final.json, where nnU-Net looks for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "splits_final.json").write_text(json.dumps(splits, indent=2) + "\n", encoding="utf-8")

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from scipy import ndimage  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.raw_folder import (
+    nearest_hosts,
     new_dataset,
     read_dataset_json,
     relabeled,
@@ -179,26 +179,18 @@ def relabel(seg: np.ndarray, source: Source, kind: str, spacing: tuple[float, ..
     table = {0: 0, **{o.label: labels[o.name] for o in taxonomy.organs}}
     if taxonomy.ignore_label is not None:
         table[taxonomy.ignore_label] = labels["ignore"]
-    nearest = {}
+    given = {}  # tumors that become a host: label → labels of the hosts
     for tumor in taxonomy.tumors:
         if kind == "any_tumor":
             table[tumor.label] = labels[ANY_TUMOR]
         elif kind == "declared":
             table[tumor.label] = labels[tumor.name]
         else:
-            table[tumor.label] = labels[tumor.hosts[0]] if tumor.hosts else 0
-            if len(tumor.hosts) > 1:
-                nearest[tumor.label] = [o.label for o in taxonomy.organs if o.name in tumor.hosts]
-    derived = relabeled(values, table, source.folder / "dataset.json")
-    for label, hosts in nearest.items():
-        tumor_voxels, host_voxels = values == label, np.isin(values, hosts)
-        if tumor_voxels.any() and host_voxels.any():
-            indices = ndimage.distance_transform_edt(
-                ~host_voxels, sampling=spacing, return_distances=False, return_indices=True
-            )
-            nearest_label = values[tuple(i[tumor_voxels] for i in indices)]
-            derived[tumor_voxels] = relabeled(nearest_label, table, source.folder / "dataset.json")
-    return derived
+            table[tumor.label] = 0
+            if tumor.hosts:
+                by_name = {o.name: o.label for o in taxonomy.organs}
+                given[tumor.label] = [by_name[host] for host in tumor.hosts]
+    return relabeled(nearest_hosts(values, given, spacing), table, source.folder / "dataset.json")
 
 
 def derive_dataset(source: Source, kind: str, raw: Path) -> Path:

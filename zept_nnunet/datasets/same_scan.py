@@ -8,6 +8,7 @@ shifted to lie on the other, and the two then correlate.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,13 @@ class SameScan:
     correlation: float
 
 
+def _read(path: Path) -> sitk.Image:
+    try:
+        return sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise ZePTError(f"{path} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+
+
 def read_on_grid(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     """A scan on the grid that all are compared on: float32 (z, y, x) and the position in mm (x, y, z) of its first
     voxel; None where it has not three dimensions.
@@ -62,10 +70,7 @@ def read_on_grid(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     Raises:
         ZePTError: the file cannot be read.
     """
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise ZePTError(f"{path} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+    image = _read(path)
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         return None
     image = sitk.Cast(sitk.DICOMOrient(image, "LPS"), sitk.sitkFloat32)
@@ -190,7 +195,7 @@ def correlation_of(
 def find_same_scans(
     paths: Mapping[str, Path], scans: Mapping[str, Landmarks], skip: Iterable[frozenset[str]] = ()
 ) -> list[SameScan]:
-    """Pairs of scans that are one, by names.
+    """Pairs of scans that are one, by names. Scans without landmarks are compared by their voxels, which must be equal.
 
     Args:
         paths: of each scan's file.
@@ -210,7 +215,29 @@ def find_same_scans(
         correlation = correlation_of(pair[0], pair[1], shift)
         if correlation >= _MIN_CORRELATION:
             found.append(SameScan(a, b, correlation))
+    first: dict[str, str] = {}  # digest → the first scan that has it
+    for name in without_landmarks(scans):
+        twin = first.setdefault(voxel_digest(paths[name]), name)
+        if twin != name and frozenset((twin, name)) not in skipped:
+            found.append(SameScan(twin, name, 1.0))
     return found
+
+
+def without_landmarks(scans: Mapping[str, Landmarks]) -> list[str]:
+    """Names of the scans that show no landmark: too small, or not of three dimensions."""
+    return [name for name, landmarks in scans.items() if not len(landmarks.positions)]
+
+
+def voxel_digest(path: Path) -> str:
+    """Of an image's size and voxels, whatever its file format, type of numbers and compression.
+
+    Raises:
+        ZePTError: the file cannot be read.
+    """
+    array = sitk.GetArrayFromImage(_read(path)).astype(np.float64)
+    digest = hashlib.sha256(repr(array.shape).encode())
+    digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def read_landmarks(path: Path) -> Landmarks:
@@ -249,8 +276,6 @@ class Ties:
         self._leader[high] = low
 
 
-def summary(pairs: Sequence[SameScan], limit: int = 10) -> str:
-    """The first pairs in words, a line each, and how many more there are."""
-    lines = [f"  {p.first} = {p.second} (correlation {p.correlation:.3f})" for p in pairs[:limit]]
-    more = f"\n  … and {len(pairs) - limit} more" if len(pairs) > limit else ""
-    return "\n".join(lines) + more
+def summary(pairs: Sequence[SameScan]) -> str:
+    """The pairs in words, a line each; all of them, as each must be looked at."""
+    return "\n".join(f"  {p.first} = {p.second} (correlation {p.correlation:.3f})" for p in pairs)

@@ -19,7 +19,8 @@ import jsonschema
 import pandas as pd  # type: ignore[import-untyped]
 import yaml
 
-from zept_nnunet.datasets.merge import Merge, MergedClass, MergeMap, MergeSource, class_key
+from zept_nnunet.datasets.merge import Merge, MergedClass, MergeSource, class_key
+from zept_nnunet.datasets.merge_map import MergeMap
 from zept_nnunet.datasets.prepare import KEY as RECIPE_KEY
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.evaluation.benchmark import LabeledCases, Model, jobs_of, with_interval
