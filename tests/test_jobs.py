@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.jobs import Job, Progress, check, read_status, run_here, run_on_cluster, status_table
+from zept_nnunet.jobs import Job, Progress, check, read_status, run_command, run_here, run_on_cluster, status_table
 
 LOCAL = {"timeout_min": 5}
 
@@ -40,6 +41,44 @@ def test_jobs_run_one_after_the_other_and_what_is_done_is_left_out(tmp_path: Pat
     run_here(jobs, tmp_path / "out", {})
     assert order(tmp_path) == ["a", "b", "c"]
     assert {e["state"] for e in read_status(tmp_path / "out").values()} == {"done"}
+
+
+def test_another_command_or_other_inputs_are_run_again_and_so_is_what_needs_them(tmp_path: Path) -> None:
+    source, out = tmp_path / "weights.pth", tmp_path / "out"
+    source.write_text("1")
+
+    def jobs(script: str) -> list[Job]:
+        first = replace(job(tmp_path, "a", script=script), inputs=(source,), folder=tmp_path / "made")
+        return [first, job(tmp_path, "b", ("a",)), job(tmp_path, "c")]
+
+    makes = "(p / 'made').mkdir(exist_ok=True); (p / 'made' / 'case').touch()"
+    run_here(jobs(makes), out, {})
+    run_here(jobs(makes), out, {})
+    assert order(tmp_path) == ["a", "b", "c"]
+    source.write_text("22")
+    run_here(jobs(makes), out, {})
+    assert order(tmp_path) == ["a", "b", "c", "a", "b"]
+    run_here(jobs("pass"), out, {})  # what another command left is no longer there
+    assert order(tmp_path)[5:] == ["a", "b"] and not (tmp_path / "made").exists()
+
+
+def test_a_stale_result_is_not_taken_after_a_run_that_ended_between(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_here([job(tmp_path, "a"), job(tmp_path, "b", ("a",))], out, {})
+    again = [job(tmp_path, "a", script="1"), job(tmp_path, "b", ("a",))]
+    Progress(again, out)
+    run_here(again[:1], out, {})
+    run_here(again, out, {})
+    assert order(tmp_path) == ["a", "b", "a", "b"]
+
+
+def test_what_another_command_began_is_removed_and_what_this_one_began_stays(tmp_path: Path) -> None:
+    made, python = tmp_path / "made", Path(sys.executable).name
+    for digest, kept in (("1", False), ("1", True), ("2", False)):
+        made.mkdir(exist_ok=True)
+        (made / "case").touch()
+        run_command((python, "-c", "pass"), {}, tmp_path / "done" / "a", None, digest, made)
+        assert made.exists() == kept
 
 
 def test_attempts_and_other_jobs_stay_in_the_status(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ is. Jobs that are ready together go as one array.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -29,8 +30,11 @@ _NAP_S = 1.0
 
 @dataclass(frozen=True)
 class Job:
-    """One command. `done` is an empty file that stands there once it has ended well; `output`, where given, a file that
-    it must have left by then.
+    """One command, and what tells a result of it from one of another command or other inputs.
+
+    `done`: the file that stands there once it has ended well, and holds the digest of then. `output`: a file that it
+    must have left by then. `inputs`: files and folders that its result comes from, besides those of jobs that it needs.
+    `folder`: holds nothing but what the command makes, and is emptied where another command or other inputs began it.
     """
 
     name: str
@@ -39,10 +43,33 @@ class Job:
     done: Path
     needs: tuple[str, ...] = ()
     output: Path | None = None
+    inputs: tuple[Path, ...] = ()
+    folder: Path | None = None
+
+    def digest(self) -> str:
+        """Of the command and its inputs as they are now."""
+        content = [self.command, [_state_of(p) for p in self.inputs]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def is_done(self) -> bool:
-        """Whether it has ended well before."""
-        return self.done.exists()
+        """Whether this command has ended well before, on these inputs."""
+        return _text_of(self.done) == self.digest()
+
+
+def _state_of(path: Path) -> Any:
+    """What changes with a file's content; of a folder, with any of its files. None where there is nothing."""
+    if path.is_dir():
+        return [[p.name, _state_of(p)] for p in sorted(path.iterdir()) if not p.is_dir()]
+    if not path.is_file():
+        return None
+    if path.suffix in (".json", ".yaml"):  # small, and written anew without a change
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _text_of(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 class Progress:
@@ -54,12 +81,18 @@ class Progress:
     def __init__(self, jobs: Sequence[Job], folder: Path):
         check(jobs)
         self.jobs = {job.name: job for job in jobs}
+        done: set[str] = set()
+        for job in jobs:
+            if done.issuperset(job.needs) and job.is_done():
+                done.add(job.name)
+            else:  # now, so that it is run again even if this run ends between what it needs and it
+                job.done.unlink(missing_ok=True)
         self.path = folder / STATUS
         earlier = read_status(folder) if self.path.is_file() else {}
         self.others = {name: entry for name, entry in earlier.items() if name not in self.jobs}
         self.entries: dict[str, dict[str, Any]] = {
             job.name: {
-                "state": "done" if job.is_done() else "waiting",
+                "state": "done" if job.name in done else "waiting",
                 "purpose": job.purpose,
                 "attempts": earlier.get(job.name, {}).get("attempts", 0),
             }
@@ -158,26 +191,42 @@ def run_here(jobs: Sequence[Job], folder: Path, environment: Mapping[str, str]) 
         print(f"\n=== [{number}/{len(jobs)}] {job.purpose}\n$ {shlex.join(job.command)}\n", flush=True)
         progress.set(job.name, "running", attempts=progress.entries[job.name]["attempts"] + 1)
         try:
-            run_command(job.command, dict(environment), job.done, job.output)
+            run_command(job.command, dict(environment), job.done, job.output, job.digest(), job.folder)
         except BaseException:
             progress.set(job.name, "failed")
             raise
         progress.set(job.name, "done")
 
 
-def run_command(command: Sequence[str], environment: Mapping[str, str], done: Path, output: Path | None = None) -> None:
+def run_command(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    done: Path,
+    output: Path | None = None,
+    digest: str = "",
+    folder: Path | None = None,
+) -> None:
     """Run a command of this Python's environment, then write `done`.
+
+    Args:
+        command, done, output, folder: as `Job`.
+        environment: variables besides those of this process.
+        digest: of the job, when it was handed over.
 
     Raises:
         ZePTError: it ends with an error, or leaves no result.
     """
+    begun = done.with_name(f"{done.name}.begun")
+    if folder is not None and folder.exists() and _text_of(begun) != digest:
+        shutil.rmtree(folder)
+    done.parent.mkdir(parents=True, exist_ok=True)
+    begun.write_text(digest, encoding="utf-8")
     code = subprocess.run([executable(command[0]), *command[1:]], env={**os.environ, **environment}).returncode
     if code:
         raise ZePTError(f"{shlex.join(command)} ended with exit status {code}; its message stands above")
     if output is not None and not output.exists():
         raise ZePTError(f"{shlex.join(command)} ended without {output}")
-    done.parent.mkdir(parents=True, exist_ok=True)
-    done.touch()
+    done.write_text(digest, encoding="utf-8")
 
 
 def executable(name: str) -> str:
@@ -231,7 +280,10 @@ def run_on_cluster(
         ready = progress.ready()[: max(0, at_once - len(running))]
         if ready:
             with executor.batch():
-                handed = [executor.submit(run_command, j.command, dict(environment), j.done, j.output) for j in ready]
+                handed = [
+                    executor.submit(run_command, j.command, dict(environment), j.done, j.output, j.digest(), j.folder)
+                    for j in ready
+                ]
             for job, handle in zip(ready, handed, strict=True):
                 attempts = progress.entries[job.name]["attempts"] + 1
                 log = str(handle.paths.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from zept_nnunet.evaluation.benchmark import (
     write_table,
 )
 from zept_nnunet.evaluation.classes import read_class_table
+from zept_nnunet.jobs import run_command
 
 LABELS = {"background": 0, "spleen": 1, "liver": 2, "right kidney": 3, "liver tumor": 4, "kidney tumor": 5}
 
@@ -125,6 +127,20 @@ def test_every_model_is_predicted_before_it_is_evaluated(raw: Path, tmp_path: Pa
     jobs = jobs_of({model.name: model.folder}, [test], tmp_path / "out", ["-f", "0"], [])
     assert [j.name for j in jobs] == ["predict_ours_Dataset201_LiTS", "evaluate_ours_Dataset201_LiTS"]
     assert jobs[1].needs == (jobs[0].name,) and "--save_scores" in jobs[0].command
+
+
+def test_another_model_of_one_name_and_one_trained_again_are_predicted_again(raw: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "b").mkdir()
+    folders, test, out = [model_folder(tmp_path), model_folder(tmp_path / "b")], lits(raw), tmp_path / "out"
+    first, other = (jobs_of({"ours": folder}, [test], out, ["-f", "0"], []) for folder in folders)
+    for job in first:
+        run_command((Path(sys.executable).name, "-c", "pass"), {}, job.done, None, job.digest(), job.folder)
+    assert all(job.is_done() for job in first) and not other[0].is_done()
+    assert not jobs_of({"ours": folders[0]}, [test], out, ["-f", "0", "--disable_tta"], [])[0].is_done()
+    (folders[0] / "fold_0").mkdir()
+    (folders[0] / "fold_0" / "checkpoint_final.pth").write_text("weights")
+    assert not jobs_of({"ours": folders[0]}, [test], out, ["-f", "0"], [])[0].is_done()
+    assert first[0].folder == out / "predictions" / "ours" / test.name
 
 
 def test_bad_arguments_are_refused(raw: Path, tmp_path: Path, capsys: Any) -> None:  # noqa: F811

@@ -204,8 +204,16 @@ def jobs_of(
             command = ("zept", "predict", "-m", str(folder), "-i", str(data / "images"), "-o", str(predictions))
             flags = ("--save_scores", "--continue_prediction", *predict_flags)
             predict = f"predict_{name}"
+            trained = (
+                folder / "plans.json",
+                folder / "dataset.json",
+                *sorted(folder.glob("fold_*/checkpoint_final.pth")),
+            )
             if not test.is_predicted:
-                jobs.append(Job(predict, f"{model} on {test.name}", (*command, *flags), out / "done" / predict))
+                jobs.append(
+                    Job(predict, f"{model} on {test.name}", (*command, *flags), out / "done" / predict,
+                        inputs=(*trained, data / "images"), folder=predictions)
+                )  # fmt: skip
             judge = (
                 "zept", "evaluate", "-r", str(data / "labels"), "--dataset-json", str(data / "dataset.json"),
                 "-i", str(predictions), "-o", str(report), "--overwrite", *evaluate_flags,
@@ -213,7 +221,8 @@ def jobs_of(
             evaluate = f"evaluate_{name}"
             purpose = f"figures of {model} on {test.name}"
             done, needs = out / "done" / evaluate, () if test.is_predicted else (predict,)
-            jobs.append(Job(evaluate, purpose, judge, done, needs, report / "metrics.csv"))
+            inputs = (data / "labels", data / "dataset.json", *([predictions] if test.is_predicted else []))
+            jobs.append(Job(evaluate, purpose, judge, done, needs, report / "metrics.csv", inputs))
     return jobs
 
 

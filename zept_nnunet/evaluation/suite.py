@@ -8,6 +8,7 @@ nothing. A tumor type that no training dataset labels is unseen; it is added to 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -304,7 +305,7 @@ class SuiteRun:
             command += ["--test", *(self.datasets[n].name for n in tests)] if tests else []
             command += ["--allow-overlap", *(self.datasets[n].name for n in self.allowed)] if self.allowed else []
             jobs.append(Job("merge", f"merge {len(self.suite.training)} datasets", tuple(command), done / "merge",
-                            output=self.target / "dataset.json"))  # fmt: skip
+                            output=self.target / "dataset.json", inputs=(self.map_file(out),)))  # fmt: skip
         plan = ("zept", "plan", "-d", number, "-pl", t.planner, "-c", t.configuration)
         jobs.append(Job("plan", "plan and preprocess", plan, done / "plan", ("merge",) if self.is_merged else ()))
         for trainer in t.trainers:
@@ -375,11 +376,12 @@ class SuiteRun:
 
     def link_validation(self, trainer: str, cases: LabeledCases, predictions: Path) -> None:
         """The folds' own predictions of `cases` in one folder, with the dataset.json that evaluation reads."""
-        predictions.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(predictions, ignore_errors=True)  # links of another training
+        predictions.mkdir(parents=True)
         ending = cases.dataset_json["file_ending"]
         for path in self.validation_files(trainer, ending):
             link = predictions / path.name
-            if path.name.removesuffix(ending) in cases.cases and not link.exists():
+            if path.name.removesuffix(ending) in cases.cases:
                 link.symlink_to(path.resolve())
         folder = self.model_folder(trainer, False)
         for name in ("dataset.json", "plans.json"):
