@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,31 @@ def test_references_get_the_models_values_and_say_what_they_label(raw: Path, tmp
     classes = read_class_table(model.folder, out / "dataset.json")
     assert classes.annotated_in("case0") == {"liver", "liver tumor"}
     assert [c.name for c in classes.classes] == list(LABELS)[1:]
+
+
+def test_references_of_another_model_or_of_changed_labels_are_written_anew(raw: Path, tmp_path: Path) -> None:  # noqa: F811
+    test, out = lits(raw), tmp_path / "out"
+    written = out / "labels" / "case0.nii.gz"
+
+    def values(labels: dict[str, int], cases: LabeledCases = test) -> set[int]:
+        content = json.loads((folder / "dataset.json").read_text()) | {"labels": labels}
+        (folder / "dataset.json").write_text(json.dumps(content))
+        write_references(Model.read(str(folder)), cases, out)
+        return set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(written)))).tolist())
+
+    folder = model_folder(tmp_path)
+    assert values({"background": 0, "liver": 1, "liver tumor": 2}) == {0, 1, 2}
+    before = written.stat().st_mtime_ns
+    assert values({"background": 0, "liver": 1, "liver tumor": 2}) == {0, 1, 2}
+    assert written.stat().st_mtime_ns == before
+    assert values({"background": 0, "spleen": 1, "liver": 2, "liver tumor": 3}) == {0, 2, 3}
+    source = test.cases["case0"][1]
+    empty = sitk.ReadImage(str(source)) * 0
+    sitk.WriteImage(sitk.Cast(empty, sitk.sitkUInt8), str(source))
+    assert values({"background": 0, "spleen": 1, "liver": 2, "liver tumor": 3}) == {0}
+    values({"background": 0, "liver": 1}, replace(test, cases={"case0": test.cases["case0"]}))
+    assert [p.name for p in (out / "labels").iterdir()] == ["case0.nii.gz"]
+    assert [p.name for p in (out / "images").iterdir()] == ["case0_0000.nii.gz"]
 
 
 def test_a_tumor_that_the_model_lacks_belongs_to_its_host(raw: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -7,8 +7,10 @@ dataset.json beside them says which classes they label.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +137,9 @@ def matched(model: Model, test: LabeledCases) -> tuple[dict[int, int], dict[str,
 
 
 def write_references(model: Model, test: LabeledCases, out: Path) -> None:
-    """`out`/labels in the model's values, `out`/images as links, `out`/dataset.json; what is there stays.
+    """`out`/labels in the model's values, `out`/images as links, `out`/dataset.json.
+
+    What an interrupted call wrote stays; what was written for other values, or from other files, is removed first.
 
     Raises:
         ZePTError: as `matched`; a label file holds an unknown value.
@@ -151,6 +155,9 @@ def write_references(model: Model, test: LabeledCases, out: Path) -> None:
     ours |= {"ignore": len(ours)} if ignore is not None else {}
     table |= {ignore: ours["ignore"]} if ignore is not None else {}
     patterns = annotated_patterns(test.dataset_json, str(test.folder / "dataset.json"))
+    _remove_others(
+        out, [sorted(table.items()), ending, *([c, *map(_stamp, (*i, f))] for c, (i, f) in test.cases.items())]
+    )
     annotated = {}
     for case, (images, label) in tqdm(test.cases.items(), desc=f"references of {test.name}", unit="case"):
         named = annotated_for(case, patterns)
@@ -159,6 +166,7 @@ def write_references(model: Model, test: LabeledCases, out: Path) -> None:
             link = out / "images" / f"{case}_{channel:04d}{ending}"
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.exists():
+                link.unlink(missing_ok=True)  # broken
                 link.symlink_to(image.resolve())
         target = out / "labels" / f"{case}{ending}"
         if target.is_file():
@@ -179,6 +187,22 @@ def write_references(model: Model, test: LabeledCases, out: Path) -> None:
     zept = {**own, "annotated": patterns_out}
     content = {**model.dataset_json, "labels": ours, "zept": zept}
     (out / "dataset.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _remove_others(out: Path, made_from: list[Any]) -> None:
+    """Remove labels and images that were made from something else, and note what they are made from now."""
+    record, digest = out / "made_from.sha256", hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+    if not record.is_file() or record.read_text(encoding="utf-8") != digest:
+        record.unlink(missing_ok=True)
+        for folder in (out / "labels", out / "images"):
+            shutil.rmtree(folder, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        record.write_text(digest, encoding="utf-8")
+
+
+def _stamp(path: Path) -> list[Any]:
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
 
 
 def jobs_of(
