@@ -87,6 +87,23 @@ def test_validation_cases_come_from_the_folds_that_held_them_out(raw: Path, tmp_
     }  # fmt: skip
 
 
+def test_two_splits_of_one_dataset_are_two_sets_of_cases(raw: Path, tmp_path: Path) -> None:  # noqa: F811
+    tests = content()["tests"]
+    tests = [tests[1] | {"name": "train", "split": "training"}, tests[1] | {"name": "test", "split": "test"}, tests[1]]
+    datasets = three(raw)
+    for kind, name in (("imagesTs", "t_0000.nii.gz"), ("labelsTs", "t.nii.gz")):
+        (datasets["Test"] / kind).mkdir()
+        (datasets["Test"] / kind / name).symlink_to(next((datasets["Test"] / kind.replace("Ts", "Tr")).iterdir()))
+    run = SuiteRun(
+        Suite.read(suite_file(tmp_path, tests=tests)), datasets, raw / "Dataset210_All", HOW, tmp_path / "results"
+    )
+    assert {run.cases_of(t).name: len(run.cases_of(t).cases) for t in run.suite.tests} == {
+        "Dataset203_Test_training": 5, "Dataset203_Test_test": 1, "Dataset203_Test": 1,
+    }  # fmt: skip
+    announced = [job.name for job in run.announced(tmp_path / "out", [], [])]
+    assert len(set(announced)) == len(announced) == 6
+
+
 def test_the_table_puts_published_figures_beside_ours(raw: Path, tmp_path: Path) -> None:  # noqa: F811
     run = SuiteRun(Suite.read(suite_file(tmp_path)), three(raw), raw / "Dataset210_All", HOW, tmp_path / "results")
     rows = [

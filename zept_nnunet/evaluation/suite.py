@@ -349,7 +349,7 @@ class SuiteRun:
     # ------------------------------------------------------------------------------------------------ cases
     def name_of(self, test: SuiteTest) -> str:
         """Of a test's `LabeledCases`."""
-        return self.datasets[test.dataset].name + ("_validation" if test.split == "validation" else "")
+        return self.datasets[test.dataset].name + ("" if test.split == "auto" else f"_{test.split}")
 
     def cases_of(self, test: SuiteTest) -> LabeledCases:
         """What is predicted, or was in validation, for one test. For the latter merge and folds must be there.
@@ -359,7 +359,7 @@ class SuiteRun:
         """
         folder = self.datasets[test.dataset]
         if test.split != "validation":
-            return LabeledCases.read(folder, test.split)
+            return replace(LabeledCases.read(folder, test.split), called=self.name_of(test))
         merged = LabeledCases.read(self.target, "training")
         ending = merged.dataset_json["file_ending"]
         validated = {p.name for trainer in self.training.trainers for p in self.validation_files(trainer, ending)}
