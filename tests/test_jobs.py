@@ -12,11 +12,23 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.jobs import Job, Progress, check, read_status, run_command, run_here, run_on_cluster, status_table
+from zept_nnunet.jobs import (
+    Job,
+    Progress,
+    check,
+    is_held,
+    only_one,
+    read_status,
+    run_command,
+    run_here,
+    run_on_cluster,
+    status_table,
+)
 
 LOCAL = {"timeout_min": 5}
 
@@ -122,6 +134,61 @@ def test_what_needs_a_failed_job_is_skipped_however_far_away(tmp_path: Path) -> 
 def test_a_status_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ZePTError, match=r"status\.json cannot be read"):
         read_status(tmp_path)
+
+
+def test_jobs_that_follow_later_are_listed_from_the_start(tmp_path: Path) -> None:
+    out, later = tmp_path / "out", [job(tmp_path, "b")]
+    run_here([job(tmp_path, "a")], out, {}, later)
+    assert "1 waiting, 1 done" in status_table(read_status(out))
+    run_here(later, out, {})
+    Progress([job(tmp_path, "a")], out, later)
+    assert {e["state"] for e in read_status(out).values()} == {"done"}
+
+
+def test_two_runs_of_one_folder_are_refused(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    with only_one(tmp_path):
+        assert is_held(tmp_path)
+        with pytest.raises(ZePTError, match="another zept benchmark runs with -o"), only_one(tmp_path):
+            pass
+    assert not is_held(tmp_path)
+
+
+def test_a_job_of_a_run_that_ended_is_waited_for_and_not_handed_over_again(tmp_path: Path) -> None:
+    submitit = pytest.importorskip("submitit")
+    out = tmp_path / "out"
+    jobs = [job(tmp_path, "a", script="time.sleep(5)"), job(tmp_path, "b", ("a",))]
+    executor = submitit.AutoExecutor(folder=str((out / "jobs").resolve()), cluster="local")
+    executor.update_parameters(**LOCAL)
+    a = jobs[0]
+    handle = executor.submit(run_command, a.command, {}, a.done, a.output, a.digest(), a.folder)
+    facts = {"cluster": "local", "job_id": handle.job_id, "digest": a.digest(), "log": "x"}
+    Progress(jobs, out).set("a", "running", attempts=1, **facts)
+    with pytest.raises(ZePTError, match="go on with --cluster local"):
+        run_here(jobs, out, {})
+    other = replace(a, command=(*a.command, "other"))
+    with pytest.raises(ZePTError, match="a still runs as job"):
+        run_on_cluster([other], out, {}, "local", LOCAL, say=lambda line: None)
+    said: list[str] = []
+    run_on_cluster(jobs, out, {}, "local", LOCAL, say=said.append)
+    assert order(tmp_path) == ["a", "b"] and "of an earlier call still runs" in said[0]
+    handle._process.wait()  # ours after all, in this test
+    assert {n: (e["state"], e["attempts"]) for n, e in read_status(out).items()} == {"a": ("done", 1), "b": ("done", 1)}
+
+
+def test_a_cluster_that_is_not_there_or_takes_no_job_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr("submitit.slurm.slurm.shutil.which", lambda name: None)
+    with pytest.raises(ZePTError, match=r"(?s)--cluster slurm: .*where srun and sbatch are on PATH"):
+        run_on_cluster([job(tmp_path, "a")], tmp_path / "out", {}, "slurm", {}, say=lambda line: None)
+
+    def refuse(*args: Any) -> None:
+        raise submitit.core.utils.FailedJobError("sbatch: error: invalid partition specified: gpuu")
+
+    monkeypatch.setattr("submitit.local.local.LocalExecutor._internal_process_submissions", refuse)
+    with pytest.raises(ZePTError, match=r"took none of \['a'\] .*invalid partition specified: gpuu"):
+        run_on_cluster([job(tmp_path, "a")], tmp_path / "out", {}, "local", LOCAL, say=lambda line: None)
+    assert read_status(tmp_path / "out")["a"]["state"] == "waiting"
 
 
 def descendants(pid: int) -> list[int]:
