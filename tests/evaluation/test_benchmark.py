@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 import SimpleITK as sitk
 
 from tests.datasets.test_merge import make, raw  # noqa: F401 - a fixture
 from zept_nnunet.cli import main
+from zept_nnunet.errors import ZePTError
 from zept_nnunet.evaluation.benchmark import (
     LabeledCases,
     Model,
@@ -24,7 +26,7 @@ from zept_nnunet.evaluation.benchmark import (
     write_table,
 )
 from zept_nnunet.evaluation.classes import read_class_table
-from zept_nnunet.jobs import run_command
+from zept_nnunet.jobs import only_one, run_command
 
 LABELS = {"background": 0, "spleen": 1, "liver": 2, "right kidney": 3, "liver tumor": 4, "kidney tumor": 5}
 
@@ -169,6 +171,32 @@ def test_another_model_of_one_name_and_one_trained_again_are_predicted_again(raw
     assert first[0].folder == out / "predictions" / "ours" / test.name
 
 
+def test_figures_that_are_not_there_are_named_or_left_out(tmp_path: Path) -> None:
+    models = [Model("ours", tmp_path, {}, None)]  # type: ignore[arg-type]
+    tests = [LabeledCases(tmp_path / "Dataset201_A", {}, {})]
+    with pytest.raises(ZePTError, match=r"reports/ours/Dataset201_A/metrics\.csv cannot be read"):
+        table_of(models, tests, tmp_path)
+    assert table_of(models, tests, tmp_path, partly=True).empty
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_dataset_json_of_a_model_is_named(tmp_path: Path, content: str) -> None:
+    folder = model_folder(tmp_path)
+    (folder / "dataset.json").write_text(content)
+    with pytest.raises(ZePTError, match=r"dataset\.json"):
+        Model.read(str(folder))
+
+
+def test_status_says_that_nobody_goes_on(tmp_path: Path, capsys: Any) -> None:
+    entry = {"state": "running", "attempts": 1, "purpose": "p"}
+    (tmp_path / "status.json").write_text(json.dumps({"a": entry}))
+    assert main(["benchmark", "-o", str(tmp_path), "--status"]) == 0
+    assert "no zept benchmark runs" in capsys.readouterr().out
+    with only_one(tmp_path):
+        assert main(["benchmark", "-o", str(tmp_path), "--status"]) == 0
+    assert "no zept benchmark runs" not in capsys.readouterr().out
+
+
 def test_bad_arguments_are_refused(raw: Path, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
     folder = str(model_folder(tmp_path))
     make(raw, "Dataset201_Brain", {"background": 0, "brain": 1}, 1)
@@ -183,6 +211,9 @@ def test_bad_arguments_are_refused(raw: Path, tmp_path: Path, capsys: Any) -> No
         (["-m", folder, "-d", "299"], "names 0 datasets"),
         (["-m", folder, "-d", "202", "--parameter", "x"], "wants KEY=VALUE"),
         (["--status"], "cannot be read"),
+        (["-m", folder, "-d", "202", "--jobs", "0"], "--jobs wants 1 or more; got 0"),
+        (["-m", folder, "-d", "202", "--retries", "-1"], "--retries wants 0 or more; got -1"),
+        (["--suite", "zept-cvpr24", "--split", "test"], "--split test is for -m and -d"),
     ):
         assert main([*out, *arguments]) == 1
         assert words in capsys.readouterr().err

@@ -52,7 +52,7 @@ class Model:
         for file in ("dataset.json", "plans.json"):
             if not (folder / file).is_file():
                 raise ZePTError(f"-m {argument}: {folder / file} is missing; wanted a folder that nnUNetv2_train wrote")
-        content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        content = read_dataset_json(folder)
         taxonomy = Taxonomy.from_dataset_json(content, str(folder / "dataset.json"))
         if taxonomy.has_regions:
             raise ZePTError(f"-m {argument}: its labels are regions; zept benchmark wants plain labels")
@@ -226,7 +226,7 @@ def jobs_of(
             data, predictions, report = (out / part / model / test.name for part in PARTS)
             name = f"{model}_{test.name}"
             command = ("zept", "predict", "-m", str(folder), "-i", str(data / "images"), "-o", str(predictions))
-            flags = ("--save_scores", "--continue_prediction", *predict_flags)
+            flags = ("--save_scores", "--scores_if_any", "--continue_prediction", *predict_flags)
             predict = f"predict_{name}"
             trained = (
                 folder / "plans.json",
@@ -253,20 +253,54 @@ def jobs_of(
 PARTS = ("data", "predictions", "reports")
 
 
-def table_of(models: Sequence[Model], tests: Sequence[LabeledCases], out: Path) -> pd.DataFrame:
-    """One row a dataset, class and metric; per model its mean over cases and the 95 % interval."""
+def table_of(models: Sequence[Model], tests: Sequence[LabeledCases], out: Path, partly: bool = False) -> pd.DataFrame:
+    """One row a dataset, class and metric; per model its mean over cases and the 95 % interval.
+
+    Args:
+        models: its columns.
+        tests: its rows.
+        out: the benchmark's folder.
+        partly: leave out what is not evaluated.
+
+    Raises:
+        ZePTError: figures are missing.
+    """
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
     for model in models:
         for test in tests:
-            metrics = pd.read_csv(out / "reports" / model.name / test.name / "metrics.csv")
+            if partly and not is_evaluated(out, model.name, test.name):
+                continue
+            metrics = read_metrics(out, model.name, test.name)
             for _, row in metrics[metrics["case"] == "mean"].iterrows():
                 if (row["scope"], row["metric"]) not in METRICS or row["class"].startswith("("):
                     continue
                 key = (test.name, row["class"], row["scope"], row["metric"])
                 seen = "" if row["seen"] or pd.isna(row["value"]) else " [unseen]"
                 rows.setdefault(key, {})[model.name] = with_interval(row) + seen
-    index = pd.MultiIndex.from_tuples(list(rows), names=["dataset", "class", "scope", "metric"])
-    return pd.DataFrame(list(rows.values()), index=index).fillna("–").reset_index()
+    names = ["dataset", "class", "scope", "metric"]
+    cells = [dict(zip(names, key, strict=True)) | row for key, row in rows.items()]
+    return pd.DataFrame(cells, columns=[*names, *(m.name for m in models)]).fillna("–")
+
+
+def is_evaluated(out: Path, model: str, test: str) -> bool:
+    """Whether there are figures of a model on a dataset, and none of an earlier model."""
+    return (out / "done" / f"evaluate_{model}_{test}").is_file()
+
+
+def read_metrics(out: Path, model: str, test: str) -> pd.DataFrame:
+    """The figures of a model on a dataset.
+
+    Raises:
+        ZePTError: there are none.
+    """
+    path = out / "reports" / model / test / "metrics.csv"
+    try:
+        return pd.read_csv(path)
+    except (OSError, pd.errors.EmptyDataError) as error:
+        raise ZePTError(
+            f"{path} cannot be read ({error}); remove {out / 'done' / f'evaluate_{model}_{test}'} and run the same "
+            "command again"
+        ) from error
 
 
 def with_interval(row: Mapping[str, Any], digits: int = 3) -> str:
