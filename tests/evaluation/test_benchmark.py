@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 import SimpleITK as sitk
 
 from tests.datasets.conftest import raw  # noqa: F401 - a fixture
 from tests.datasets.test_merge import make
 from zept_nnunet.cli import main
+from zept_nnunet.errors import ZePTError
 from zept_nnunet.evaluation.benchmark import (
     LabeledCases,
     Model,
@@ -23,6 +27,7 @@ from zept_nnunet.evaluation.benchmark import (
     write_table,
 )
 from zept_nnunet.evaluation.classes import read_class_table
+from zept_nnunet.jobs import only_one, run_command
 
 LABELS = {"background": 0, "spleen": 1, "liver": 2, "right kidney": 3, "liver tumor": 4, "kidney tumor": 5}
 
@@ -55,6 +60,31 @@ def test_references_get_the_models_values_and_say_what_they_label(raw: Path, tmp
     classes = read_class_table(model.folder, out / "dataset.json")
     assert classes.annotated_in("case0") == {"liver", "liver tumor"}
     assert [c.name for c in classes.classes] == list(LABELS)[1:]
+
+
+def test_references_of_another_model_or_of_changed_labels_are_written_anew(raw: Path, tmp_path: Path) -> None:  # noqa: F811
+    test, out = lits(raw), tmp_path / "out"
+    written = out / "labels" / "case0.nii.gz"
+
+    def values(labels: dict[str, int], cases: LabeledCases = test) -> set[int]:
+        content = json.loads((folder / "dataset.json").read_text()) | {"labels": labels}
+        (folder / "dataset.json").write_text(json.dumps(content))
+        write_references(Model.read(str(folder)), cases, out)
+        return set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(written)))).tolist())
+
+    folder = model_folder(tmp_path)
+    assert values({"background": 0, "liver": 1, "liver tumor": 2}) == {0, 1, 2}
+    before = written.stat().st_mtime_ns
+    assert values({"background": 0, "liver": 1, "liver tumor": 2}) == {0, 1, 2}
+    assert written.stat().st_mtime_ns == before
+    assert values({"background": 0, "spleen": 1, "liver": 2, "liver tumor": 3}) == {0, 2, 3}
+    source = test.cases["case0"][1]
+    empty = sitk.ReadImage(str(source)) * 0
+    sitk.WriteImage(sitk.Cast(empty, sitk.sitkUInt8), str(source))
+    assert values({"background": 0, "spleen": 1, "liver": 2, "liver tumor": 3}) == {0}
+    values({"background": 0, "liver": 1}, replace(test, cases={"case0": test.cases["case0"]}))
+    assert [p.name for p in (out / "labels").iterdir()] == ["case0.nii.gz"]
+    assert [p.name for p in (out / "images").iterdir()] == ["case0_0000.nii.gz"]
 
 
 def test_a_tumor_that_the_model_lacks_belongs_to_its_host(raw: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -128,6 +158,46 @@ def test_every_model_is_predicted_before_it_is_evaluated(raw: Path, tmp_path: Pa
     assert jobs[1].needs == (jobs[0].name,) and "--save_scores" in jobs[0].command
 
 
+def test_another_model_of_one_name_and_one_trained_again_are_predicted_again(raw: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "b").mkdir()
+    folders, test, out = [model_folder(tmp_path), model_folder(tmp_path / "b")], lits(raw), tmp_path / "out"
+    first, other = (jobs_of({"ours": folder}, [test], out, ["-f", "0"], []) for folder in folders)
+    for job in first:
+        run_command((Path(sys.executable).name, "-c", "pass"), {}, job.done, None, job.digest(), job.folder)
+    assert all(job.is_done() for job in first) and not other[0].is_done()
+    assert not jobs_of({"ours": folders[0]}, [test], out, ["-f", "0", "--disable_tta"], [])[0].is_done()
+    (folders[0] / "fold_0").mkdir()
+    (folders[0] / "fold_0" / "checkpoint_final.pth").write_text("weights")
+    assert not jobs_of({"ours": folders[0]}, [test], out, ["-f", "0"], [])[0].is_done()
+    assert first[0].folder == out / "predictions" / "ours" / test.name
+
+
+def test_figures_that_are_not_there_are_named_or_left_out(tmp_path: Path) -> None:
+    models = [Model("ours", tmp_path, {}, None)]  # type: ignore[arg-type]
+    tests = [LabeledCases(tmp_path / "Dataset201_A", {}, {})]
+    with pytest.raises(ZePTError, match=r"reports/ours/Dataset201_A/metrics\.csv cannot be read"):
+        table_of(models, tests, tmp_path)
+    assert table_of(models, tests, tmp_path, partly=True).empty
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_dataset_json_of_a_model_is_named(tmp_path: Path, content: str) -> None:
+    folder = model_folder(tmp_path)
+    (folder / "dataset.json").write_text(content)
+    with pytest.raises(ZePTError, match=r"dataset\.json"):
+        Model.read(str(folder))
+
+
+def test_status_says_that_nobody_goes_on(tmp_path: Path, capsys: Any) -> None:
+    entry = {"state": "running", "attempts": 1, "purpose": "p"}
+    (tmp_path / "status.json").write_text(json.dumps({"a": entry}))
+    assert main(["benchmark", "-o", str(tmp_path), "--status"]) == 0
+    assert "no zept benchmark runs" in capsys.readouterr().out
+    with only_one(tmp_path):
+        assert main(["benchmark", "-o", str(tmp_path), "--status"]) == 0
+    assert "no zept benchmark runs" not in capsys.readouterr().out
+
+
 def test_bad_arguments_are_refused(raw: Path, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
     folder = str(model_folder(tmp_path))
     make(raw, "Dataset201_Brain", {"background": 0, "brain": 1}, 1)
@@ -142,6 +212,9 @@ def test_bad_arguments_are_refused(raw: Path, tmp_path: Path, capsys: Any) -> No
         (["-m", folder, "-d", "299"], "names 0 datasets"),
         (["-m", folder, "-d", "202", "--parameter", "x"], "wants KEY=VALUE"),
         (["--status"], "cannot be read"),
+        (["-m", folder, "-d", "202", "--jobs", "0"], "--jobs wants 1 or more; got 0"),
+        (["-m", folder, "-d", "202", "--retries", "-1"], "--retries wants 0 or more; got -1"),
+        (["--suite", "zept-cvpr24", "--split", "test"], "--split test is for -m and -d"),
     ):
         assert main([*out, *arguments]) == 1
         assert words in capsys.readouterr().err

@@ -218,6 +218,7 @@ def test_bad_arguments(model: Path, images: Path, tmp_path: Path, monkeypatch: p
 def test_scores_of_a_stock_model(model: Path) -> None:
     predictor = ZePTPredictor(device=torch.device("cpu"), save_scores=True)
     predictor.network, predictor.trainer_name = torch.nn.Identity(), "nnUNetTrainer"
+    assert not predictor.has_scores
     with pytest.raises(ZePTError, match="trained by nnUNetTrainer"):
         predictor.check_scores_available()
 

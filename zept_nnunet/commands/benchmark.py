@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,13 +63,21 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, write references, run the jobs, write the table."""
-    from zept_nnunet.jobs import read_status, status_table
+    from zept_nnunet.jobs import is_held, read_status, status_table
 
     parameters_of(args.parameter)
 
     if args.status:
-        print(status_table(read_status(args.o)))
+        entries = read_status(args.o)
+        print(status_table(entries))
+        if any(e["state"] in ("waiting", "running") for e in entries.values()) and not is_held(args.o):
+            print(f"no zept benchmark runs with -o {args.o}: nothing more is handed over until it is started again")
         return 0
+    for flag, value, least in (("--jobs", args.jobs, 1), ("--retries", args.retries, 0)):
+        if value < least:
+            raise ZePTError(f"{flag} wants {least} or more; got {value}")
+    if args.suite and args.split != "auto":
+        raise ZePTError(f"--split {args.split} is for -m and -d: a suite says which cases each of its tests is on")
     if bool(args.suite) == bool(args.m or args.d):
         raise ZePTError("wanted models, -m MODEL_FOLDER …, and datasets, -d ID …; or --suite NAME without both")
     raw = folder_of("nnUNet_raw")
@@ -80,6 +89,7 @@ def run_models(args: argparse.Namespace, raw: Path) -> int:
     if not args.m or not args.d:
         raise ZePTError("wanted models, -m MODEL_FOLDER …, and datasets, -d ID …")
     from zept_nnunet.evaluation import benchmark
+    from zept_nnunet.jobs import only_one
 
     models = [benchmark.Model.read(m) for m in args.m]
     if len({m.name for m in models}) < len(models):
@@ -93,11 +103,16 @@ def run_models(args: argparse.Namespace, raw: Path) -> int:
     if args.dry_run:
         print(commands_of(jobs))
         return 0
-    for model in models:
-        for test in tests:
-            benchmark.write_references(model, test, out / "data" / model.name / test.name)
-    execute(jobs, args)
-    _finish(args, benchmark.table_of(models, tests, out))
+    with only_one(out):
+        for model in models:
+            for test in tests:
+                benchmark.write_references(model, test, out / "data" / model.name / test.name)
+        failure = execute(jobs, args)
+        table = benchmark.table_of(models, tests, out, partly=failure is not None)
+        if failure is None or len(table):
+            _finish(args, table)
+    if failure is not None:
+        raise failure
     return 0
 
 
@@ -105,6 +120,7 @@ def run_suite(args: argparse.Namespace, raw: Path) -> int:
     """Train what a published table asks for, then as `run_models`, and its figures beside ours."""
     from zept_nnunet.evaluation import benchmark
     from zept_nnunet.evaluation.suite import Suite, SuiteRun, Training, find_datasets
+    from zept_nnunet.jobs import only_one
 
     suite = Suite.read(args.suite).without(args.without)
     ids = {}
@@ -124,25 +140,36 @@ def run_suite(args: argparse.Namespace, raw: Path) -> int:
     if unknown:
         raise ZePTError(f"--allow-overlap {unknown[0]}: the suite has {suite.datasets}")
     out = args.o.resolve()
-    jobs = plan.training_jobs(out)
+    jobs, later = plan.training_jobs(out), plan.announced(out, *flags_of(args))
+    plan.check_tests()
     if args.dry_run:
-        print(commands_of([*jobs, *plan.announced(out, *flags_of(args))]))
+        print(commands_of([*jobs, *later]))
         return 0
-    if plan.labels():
-        plan.write_map(out)
-    execute(jobs, args)
-    tests = {test.name: plan.cases_of(test) for test in suite.tests}
-    different = list({cases.name: cases for cases in tests.values()}.values())
-    for trainer in plan.training.trainers:
-        for cases in different:
-            benchmark.write_references(plan.model(trainer, cases), cases, out / "data" / trainer / cases.name)
-            if cases.is_predicted:
-                plan.link_validation(trainer, cases, out / "predictions" / trainer / cases.name)
-    execute(benchmark.jobs_of(plan.models(), different, out, *flags_of(args)), args)
-    table = plan.table({name: cases.name for name, cases in tests.items()}, out)
-    left_out = [f"Left out: {', '.join(args.without)}."] if args.without else []
-    trained = f"Trained on {', '.join(suite.training)}; {args.c}, folds {', '.join(how.folds)}."
-    _finish(args, table, suite.title, [suite.source, *suite.notes, trained, *left_out])
+    with only_one(out):
+        if plan.labels():
+            plan.write_map(out)
+        untrained = execute(jobs, args, later)
+        trained = plan.trained(jobs)
+        if untrained is not None and not trained:
+            raise untrained
+        plan = replace(plan, training=replace(how, trainers=tuple(trained)))
+        tests = {test.name: plan.cases_of(test) for test in suite.tests}
+        different = list({cases.name: cases for cases in tests.values()}.values())
+        for trainer in trained:
+            for cases in different:
+                benchmark.write_references(plan.model(trainer, cases), cases, out / "data" / trainer / cases.name)
+                if cases.is_predicted:
+                    plan.link_validation(trainer, cases, out / "predictions" / trainer / cases.name)
+        unpredicted = execute(benchmark.jobs_of(plan.models(), different, out, *flags_of(args)), args)
+        table = plan.table({name: cases.name for name, cases in tests.items()}, out, partly=unpredicted is not None)
+        notes = [f"Trained on {', '.join(suite.training)}; {args.c}, folds {', '.join(how.folds)}."]
+        notes += [f"Left out: {', '.join(args.without)}."] if args.without else []
+        lacking = [t for t in how.trainers if t not in trained]
+        notes += [f"Not trained to the end, and left out: {', '.join(lacking)}."] if lacking else []
+        _finish(args, table, suite.title, [suite.source, *suite.notes, *notes])
+    failure = untrained or unpredicted
+    if failure is not None:
+        raise failure
     return 0
 
 
@@ -158,16 +185,21 @@ def commands_of(jobs: Sequence[Job]) -> str:
     return "\n".join(shlex.join(job.command) for job in jobs)
 
 
-def execute(jobs: list[Job], args: argparse.Namespace) -> None:
-    """Run the jobs here, or on a cluster."""
+def execute(jobs: list[Job], args: argparse.Namespace, later: Sequence[Job] = ()) -> ZePTError | None:
+    """Run the jobs here, or on a cluster; the error, where some failed: what the others left is still worth a table."""
     from zept_nnunet.evaluation import benchmark
     from zept_nnunet.jobs import run_here, run_on_cluster
 
-    if args.cluster:
-        parameters = parameters_of(args.parameter)
-        run_on_cluster(jobs, args.o, benchmark.environment(), args.cluster, parameters, args.retries, args.jobs)
-    else:
-        run_here(jobs, args.o, benchmark.environment())
+    environment = benchmark.environment()
+    try:
+        if args.cluster:
+            parameters = parameters_of(args.parameter)
+            run_on_cluster(jobs, args.o, environment, args.cluster, parameters, args.retries, args.jobs, later=later)
+        else:
+            run_here(jobs, args.o, environment, later)
+    except ZePTError as error:
+        return error
+    return None
 
 
 def _finish(args: argparse.Namespace, table: Any, *words: Any) -> None:

@@ -37,6 +37,11 @@ def register(subparsers: Any) -> None:
         action="store_true",
         help="also write CASE_anomaly_HOST.nii.gz and CASE_prompt_HOST.nii.gz, the visual prompt, for every host",
     )
+    parser.add_argument(
+        "--scores_if_any",
+        action="store_true",
+        help="with the two flags above: predict a model that has no scores without them, instead of refusing it",
+    )
     parser.add_argument("--continue_prediction", action="store_true", help="leave complete cases as they are")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint (default: checkpoint_final.pth)")
     parser.add_argument(
@@ -103,6 +108,9 @@ def run(args: argparse.Namespace) -> int:
         save_anomaly_maps=args.save_anomaly_maps,
     )
     predictor.initialize_from_trained_model_folder(str(model_folder), folds, checkpoint_name=args.chk)
+    if args.scores_if_any and not predictor.has_scores:
+        print(f"{model_folder} was trained by {predictor.trainer_name}, which gives no scores: segmentations alone")
+        predictor.save_scores = predictor.save_anomaly_maps = False
     predictor.check_scores_available()
     if predictor.configuration_manager.previous_stage_name is not None and args.prev_stage_predictions is None:
         raise ZePTError(

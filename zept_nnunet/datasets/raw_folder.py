@@ -38,13 +38,17 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     """The dataset.json of a raw dataset's folder.
 
     Raises:
-        ZePTError: it is missing or no JSON.
+        ZePTError: it is missing or no JSON object.
     """
     path = folder / "dataset.json"
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ZePTError(f"{path} cannot be read ({error}); a dataset in nnU-Net's raw format holds one") from error
+    if not isinstance(content, dict):
+        raise ZePTError(
+            f"{path} holds {type(content).__name__} where nnU-Net's format wants an object; restore the file"
+        )
     return content
 
 

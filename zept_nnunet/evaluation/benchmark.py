@@ -7,8 +7,10 @@ dataset.json beside them says which classes they label.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +52,7 @@ class Model:
         for file in ("dataset.json", "plans.json"):
             if not (folder / file).is_file():
                 raise ZePTError(f"-m {argument}: {folder / file} is missing; wanted a folder that nnUNetv2_train wrote")
-        content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        content = read_dataset_json(folder)
         taxonomy = Taxonomy.from_dataset_json(content, str(folder / "dataset.json"))
         if taxonomy.has_regions:
             raise ZePTError(f"-m {argument}: its labels are regions; zept benchmark wants plain labels")
@@ -135,7 +137,9 @@ def matched(model: Model, test: LabeledCases) -> tuple[dict[int, int], dict[str,
 
 
 def write_references(model: Model, test: LabeledCases, out: Path) -> None:
-    """`out`/labels in the model's values, `out`/images as links, `out`/dataset.json; what is there stays.
+    """`out`/labels in the model's values, `out`/images as links, `out`/dataset.json.
+
+    What an interrupted call wrote stays; what was written for other values, or from other files, is removed first.
 
     Raises:
         ZePTError: as `matched`; a label file holds an unknown value.
@@ -151,6 +155,9 @@ def write_references(model: Model, test: LabeledCases, out: Path) -> None:
     ours |= {"ignore": len(ours)} if ignore is not None else {}
     table |= {ignore: ours["ignore"]} if ignore is not None else {}
     patterns = annotated_patterns(test.dataset_json, str(test.folder / "dataset.json"))
+    _remove_others(
+        out, [sorted(table.items()), ending, *([c, *map(_stamp, (*i, f))] for c, (i, f) in test.cases.items())]
+    )
     annotated = {}
     for case, (images, label) in tqdm(test.cases.items(), desc=f"references of {test.name}", unit="case"):
         named = annotated_for(case, patterns)
@@ -159,6 +166,7 @@ def write_references(model: Model, test: LabeledCases, out: Path) -> None:
             link = out / "images" / f"{case}_{channel:04d}{ending}"
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.exists():
+                link.unlink(missing_ok=True)  # broken
                 link.symlink_to(image.resolve())
         target = out / "labels" / f"{case}{ending}"
         if target.is_file():
@@ -179,6 +187,22 @@ def write_references(model: Model, test: LabeledCases, out: Path) -> None:
     zept = {**own, "annotated": patterns_out}
     content = {**model.dataset_json, "labels": ours, "zept": zept}
     (out / "dataset.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _remove_others(out: Path, made_from: list[Any]) -> None:
+    """Remove labels and images that were made from something else, and note what they are made from now."""
+    record, digest = out / "made_from.sha256", hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+    if not record.is_file() or record.read_text(encoding="utf-8") != digest:
+        record.unlink(missing_ok=True)
+        for folder in (out / "labels", out / "images"):
+            shutil.rmtree(folder, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        record.write_text(digest, encoding="utf-8")
+
+
+def _stamp(path: Path) -> list[Any]:
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
 
 
 def jobs_of(
@@ -202,10 +226,18 @@ def jobs_of(
             data, predictions, report = (out / part / model / test.name for part in PARTS)
             name = f"{model}_{test.name}"
             command = ("zept", "predict", "-m", str(folder), "-i", str(data / "images"), "-o", str(predictions))
-            flags = ("--save_scores", "--continue_prediction", *predict_flags)
+            flags = ("--save_scores", "--scores_if_any", "--continue_prediction", *predict_flags)
             predict = f"predict_{name}"
+            trained = (
+                folder / "plans.json",
+                folder / "dataset.json",
+                *sorted(folder.glob("fold_*/checkpoint_final.pth")),
+            )
             if not test.is_predicted:
-                jobs.append(Job(predict, f"{model} on {test.name}", (*command, *flags), out / "done" / predict))
+                jobs.append(
+                    Job(predict, f"{model} on {test.name}", (*command, *flags), out / "done" / predict,
+                        inputs=(*trained, data / "images"), folder=predictions)
+                )  # fmt: skip
             judge = (
                 "zept", "evaluate", "-r", str(data / "labels"), "--dataset-json", str(data / "dataset.json"),
                 "-i", str(predictions), "-o", str(report), "--overwrite", *evaluate_flags,
@@ -213,27 +245,62 @@ def jobs_of(
             evaluate = f"evaluate_{name}"
             purpose = f"figures of {model} on {test.name}"
             done, needs = out / "done" / evaluate, () if test.is_predicted else (predict,)
-            jobs.append(Job(evaluate, purpose, judge, done, needs, report / "metrics.csv"))
+            inputs = (data / "labels", data / "dataset.json", *([predictions] if test.is_predicted else []))
+            jobs.append(Job(evaluate, purpose, judge, done, needs, report / "metrics.csv", inputs))
     return jobs
 
 
 PARTS = ("data", "predictions", "reports")
 
 
-def table_of(models: Sequence[Model], tests: Sequence[LabeledCases], out: Path) -> pd.DataFrame:
-    """One row a dataset, class and metric; per model its mean over cases and the 95 % interval."""
+def table_of(models: Sequence[Model], tests: Sequence[LabeledCases], out: Path, partly: bool = False) -> pd.DataFrame:
+    """One row a dataset, class and metric; per model its mean over cases and the 95 % interval.
+
+    Args:
+        models: its columns.
+        tests: its rows.
+        out: the benchmark's folder.
+        partly: leave out what is not evaluated.
+
+    Raises:
+        ZePTError: figures are missing.
+    """
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
     for model in models:
         for test in tests:
-            metrics = pd.read_csv(out / "reports" / model.name / test.name / "metrics.csv")
+            if partly and not is_evaluated(out, model.name, test.name):
+                continue
+            metrics = read_metrics(out, model.name, test.name)
             for _, row in metrics[metrics["case"] == "mean"].iterrows():
                 if (row["scope"], row["metric"]) not in METRICS or row["class"].startswith("("):
                     continue
                 key = (test.name, row["class"], row["scope"], row["metric"])
                 seen = "" if row["seen"] or pd.isna(row["value"]) else " [unseen]"
                 rows.setdefault(key, {})[model.name] = with_interval(row) + seen
-    index = pd.MultiIndex.from_tuples(list(rows), names=["dataset", "class", "scope", "metric"])
-    return pd.DataFrame(list(rows.values()), index=index).fillna("–").reset_index()
+    names = ["dataset", "class", "scope", "metric"]
+    cells = [dict(zip(names, key, strict=True)) | row for key, row in rows.items()]
+    return pd.DataFrame(cells, columns=[*names, *(m.name for m in models)]).fillna("–")
+
+
+def is_evaluated(out: Path, model: str, test: str) -> bool:
+    """Whether there are figures of a model on a dataset, and none of an earlier model."""
+    return (out / "done" / f"evaluate_{model}_{test}").is_file()
+
+
+def read_metrics(out: Path, model: str, test: str) -> pd.DataFrame:
+    """The figures of a model on a dataset.
+
+    Raises:
+        ZePTError: there are none.
+    """
+    path = out / "reports" / model / test / "metrics.csv"
+    try:
+        return pd.read_csv(path)
+    except (OSError, pd.errors.EmptyDataError) as error:
+        raise ZePTError(
+            f"{path} cannot be read ({error}); remove {out / 'done' / f'evaluate_{model}_{test}'} and run the same "
+            "command again"
+        ) from error
 
 
 def with_interval(row: Mapping[str, Any], digits: int = 3) -> str:

@@ -8,6 +8,7 @@ nothing. A tumor type that no training dataset labels is unseen; it is added to 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,12 +23,23 @@ import yaml
 from zept_nnunet.datasets.merge import Merge, MergedClass, MergeSource, class_key
 from zept_nnunet.datasets.merge_map import MergeMap
 from zept_nnunet.datasets.prepare import KEY as RECIPE_KEY
+from zept_nnunet.datasets.raw_folder import read_dataset_json
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.evaluation.benchmark import LabeledCases, Model, jobs_of, with_interval
+from zept_nnunet.evaluation.benchmark import (
+    LabeledCases,
+    Model,
+    is_evaluated,
+    jobs_of,
+    matched,
+    read_metrics,
+    with_interval,
+)
+from zept_nnunet.evaluation.ranking import RANKING_METRICS
 from zept_nnunet.evaluation.report import ORGAN_GROUP
 from zept_nnunet.jobs import Job
 from zept_nnunet.knowledge.catalog import catalog
-from zept_nnunet.names import infer_hosts
+from zept_nnunet.names import infer_hosts, infer_is_tumor
+from zept_nnunet.taxonomy import Taxonomy
 
 _NAMES = {"type": "array", "items": {"type": "string"}}
 _TEST = {
@@ -41,7 +53,7 @@ _TEST = {
         "class": {"type": "string"},
         "hosts": _NAMES,
         "scope": {"enum": ["volume", "host"]},
-        "metric": {"type": "string"},
+        "metric": {"enum": ["dsc", "nsd", *RANKING_METRICS]},
         "published": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
         "note": {"type": "string"},
     },
@@ -59,7 +71,10 @@ _SCHEMA = {
             "additionalProperties": False,
             "properties": {"stage_one": _NAMES, "stage_two": _NAMES},
         },
-        "labels": {"type": "object", "additionalProperties": {"type": "object"}},
+        "labels": {
+            "type": "object",
+            "additionalProperties": {"type": "object", "additionalProperties": {"type": ["string", "null"]}},
+        },
         "tests": {"type": "array", "minItems": 1, "items": _TEST},
     },
 }
@@ -178,8 +193,11 @@ def find_datasets(suite: Suite, raw: Path, ids: Mapping[str, Path]) -> dict[str,
     """
     prepared: dict[str, list[Path]] = {}
     for path in sorted(raw.glob("Dataset[0-9][0-9][0-9]_*/dataset.json")):
-        record = json.loads(path.read_text(encoding="utf-8")).get(RECIPE_KEY) or {}
-        prepared.setdefault(str(record.get("recipe")), []).append(path.parent)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))[RECIPE_KEY]["recipe"]
+        except (OSError, ValueError, KeyError, TypeError):  # somebody's own dataset, whatever it holds
+            continue
+        prepared.setdefault(str(record), []).append(path.parent)
     unknown = sorted(set(ids) - set(suite.datasets))
     if unknown:
         raise ZePTError(f"--ids {unknown[0]}=…: the suite has {suite.datasets}")
@@ -252,7 +270,7 @@ class SuiteRun:
         """Tumors that tests ask for and training does not label → their hosts, as training names them.
 
         Raises:
-            ZePTError: training knows no host of one.
+            ZePTError: training knows no host of one, or a test asks for an organ that training does not label.
         """
         found: dict[str, tuple[str, ...]] = {}
         organs = {class_key(c.name, None): c.name for c in self.merge.classes if not c.is_tumor}
@@ -260,6 +278,12 @@ class SuiteRun:
             if test.class_name == ORGAN_GROUP or self.known(test) is not None:
                 continue
             entry = catalog().find(test.class_name, test.hosts, "tumor")
+            if entry is None and not infer_is_tumor(test.class_name):
+                raise ZePTError(
+                    f"{test.name}: no training dataset labels {test.class_name!r} (they label "
+                    f"{', '.join(organs.values())}), and only tumors are added after training. Leave {test.dataset} "
+                    f"out: --without {test.dataset}"
+                )
             named = test.hosts or (entry.hosts if entry is not None else ())
             hosts = tuple(dict.fromkeys(organs[k] for k in (class_key(h, None) for h in named) if k in organs))
             hosts = hosts or infer_hosts(test.class_name, list(organs.values()))
@@ -271,6 +295,55 @@ class SuiteRun:
                 )
             found[test.class_name] = hosts
         return found
+
+    def check_tests(self) -> None:
+        """That every test will have a figure: its cases are there, and its class is one that both sides name.
+
+        Raises:
+            ZePTError: it will not.
+        """
+        planned = self._planned()
+        ending = self.merge.sources[0].dataset_json.get("file_ending")
+        for test in self.suite.tests:
+            if test.split == "validation":
+                continue
+            cases = LabeledCases.read(self.datasets[test.dataset], test.split)
+            own = cases.dataset_json["file_ending"]
+            if own != ending:
+                raise ZePTError(f"{test.name}: {cases.folder} has files {own}, training reads {ending}; convert them")
+            names = set(matched(planned, cases)[1].values())
+            entry = self.known(test)
+            wanted = {entry.name if entry is not None else test.class_name}
+            if test.class_name == ORGAN_GROUP:
+                wanted = {o.name for o in planned.taxonomy.organs}
+            if not wanted & names:
+                raise ZePTError(
+                    f"{test.name} asks for {test.class_name!r}, and {cases.folder / 'dataset.json'} labels, of what "
+                    f"the model will report, only {sorted(names)}. Correct its labels, or leave {test.dataset} out: "
+                    f"--without {test.dataset}"
+                )
+
+    def _planned(self) -> Model:
+        """The model that training and `zept add-tumor` will make, as far as its classes go."""
+        tumors = {c.name: c.hosts for c in self.merge.classes if c.is_tumor} | self.unseen()
+        organs = [c.name for c in self.merge.classes if not c.is_tumor]
+        content = {
+            "labels": {name: i for i, name in enumerate(["background", *organs, *tumors])},
+            "zept": {"organs": organs, "tumors": {name: {"hosts": list(hosts)} for name, hosts in tumors.items()}},
+        }
+        return Model("the trained model", self.target, content, Taxonomy.from_dataset_json(content))
+
+    def in_training(self, test: SuiteTest) -> str:
+        """What training saw of a test's class or organs, in the table's words."""
+        if test.class_name != ORGAN_GROUP:
+            return "yes" if self.known(test) is not None else "no (unseen)"
+        if test.split == "validation":
+            return "yes"
+        path = self.datasets[test.dataset] / "dataset.json"
+        theirs = Taxonomy.from_dataset_json(read_dataset_json(path.parent), str(path)).organs
+        ours = {class_key(c.name, None) for c in self.merge.classes if not c.is_tumor}
+        seen = sum(class_key(o.name, None) in ours for o in theirs)
+        return "yes" if seen == len(theirs) else f"{seen} of {len(theirs)} organs"
 
     # ------------------------------------------------------------------------------------------------ folders
     @property
@@ -305,7 +378,7 @@ class SuiteRun:
             command += ["--test", *(self.datasets[n].name for n in tests)] if tests else []
             command += ["--allow-overlap", *(self.datasets[n].name for n in self.allowed)] if self.allowed else []
             jobs.append(Job("merge", f"merge {len(self.suite.training)} datasets", tuple(command), done / "merge",
-                            output=self.target / "dataset.json"))  # fmt: skip
+                            output=self.target / "dataset.json", inputs=(self.map_file(out),)))  # fmt: skip
         plan = ("zept", "plan", "-d", number, "-pl", t.planner, "-c", t.configuration)
         jobs.append(Job("plan", "plan and preprocess", plan, done / "plan", ("merge",) if self.is_merged else ()))
         for trainer in t.trainers:
@@ -329,6 +402,11 @@ class SuiteRun:
                 )
         return jobs
 
+    def trained(self, jobs: Sequence[Job]) -> list[str]:
+        """Trainers of which every job is done."""
+        own = {t: {f"add_tumors_{t}", *(f"train_{t}_{f}" for f in self.training.folds)} for t in self.training.trainers}
+        return [t for t, names in own.items() if all(j.is_done() for j in jobs if j.name in names)]
+
     def map_file(self, out: Path) -> Path:
         """Where the labels' names for `zept merge` stand."""
         return out / "labels.yaml"
@@ -349,7 +427,7 @@ class SuiteRun:
     # ------------------------------------------------------------------------------------------------ cases
     def name_of(self, test: SuiteTest) -> str:
         """Of a test's `LabeledCases`."""
-        return self.datasets[test.dataset].name + ("_validation" if test.split == "validation" else "")
+        return self.datasets[test.dataset].name + ("" if test.split == "auto" else f"_{test.split}")
 
     def cases_of(self, test: SuiteTest) -> LabeledCases:
         """What is predicted, or was in validation, for one test. For the latter merge and folds must be there.
@@ -359,7 +437,7 @@ class SuiteRun:
         """
         folder = self.datasets[test.dataset]
         if test.split != "validation":
-            return LabeledCases.read(folder, test.split)
+            return replace(LabeledCases.read(folder, test.split), called=self.name_of(test))
         merged = LabeledCases.read(self.target, "training")
         ending = merged.dataset_json["file_ending"]
         validated = {p.name for trainer in self.training.trainers for p in self.validation_files(trainer, ending)}
@@ -376,23 +454,28 @@ class SuiteRun:
 
     def link_validation(self, trainer: str, cases: LabeledCases, predictions: Path) -> None:
         """The folds' own predictions of `cases` in one folder, with the dataset.json that evaluation reads."""
-        predictions.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(predictions, ignore_errors=True)  # links of another training
+        predictions.mkdir(parents=True)
         ending = cases.dataset_json["file_ending"]
         for path in self.validation_files(trainer, ending):
             link = predictions / path.name
-            if path.name.removesuffix(ending) in cases.cases and not link.exists():
+            if path.name.removesuffix(ending) in cases.cases:
                 link.symlink_to(path.resolve())
         folder = self.model_folder(trainer, False)
         for name in ("dataset.json", "plans.json"):
             (predictions / name).write_bytes((folder / name).read_bytes())
 
     # ------------------------------------------------------------------------------------------------ the table
-    def table(self, names: Mapping[str, str], out: Path) -> pd.DataFrame:
+    def table(self, names: Mapping[str, str], out: Path, partly: bool = False) -> pd.DataFrame:
         """One row a test: what training saw, published, ours with 95 % intervals, a column a trainer.
 
         Args:
             names: test → the name of its `LabeledCases`.
             out: the benchmark's folder.
+            partly: "–" for what is not evaluated.
+
+        Raises:
+            ZePTError: figures are missing.
         """
         rows = []
         for test in self.suite.tests:
@@ -402,21 +485,26 @@ class SuiteRun:
                 "test": test.name,
                 "class": test.class_name,
                 "figure": test.metric.upper() + (" in host" if test.scope == "host" else ""),
-                "in training": "yes" if entry is not None or test.class_name == ORGAN_GROUP else "no (unseen)",
+                "in training": self.in_training(test),
                 "published": "–" if test.published is None else f"{test.published:.4f}",
             }
+            counts = []
             for trainer in self.training.trainers:
-                metrics = pd.read_csv(out / "reports" / trainer / names[test.name] / "metrics.csv")
-                row[trainer] = figure(metrics, own, test)
-            row["cases"] = len(set(metrics["case"]) - {"mean", "pooled"})
+                if partly and not is_evaluated(out, trainer, names[test.name]):
+                    row[trainer] = "–"
+                    continue
+                found = figure(read_metrics(out, trainer, names[test.name]), own, test)
+                row[trainer] = "–" if found is None else with_interval(found, digits=4)
+                counts.append(0 if found is None or pd.isna(found["cases"]) else int(found["cases"]))
+            row["cases"] = "/".join(map(str, dict.fromkeys(counts))) or "–"  # one number, unless trainers differ
             overlap = "its scans may be among training (--allow-overlap)" if test.dataset in self.allowed else ""
             row["note"] = "; ".join(filter(None, (test.note, overlap)))
             rows.append(row)
         return pd.DataFrame(rows)
 
 
-def figure(metrics: pd.DataFrame, name: str, test: SuiteTest) -> str:
-    """The mean over cases of one figure, with its interval; "–" where it is not defined."""
+def figure(metrics: pd.DataFrame, name: str, test: SuiteTest) -> Mapping[str, Any] | None:
+    """The row of metrics.csv with the mean over the cases in which the figure is defined; None where there is none."""
     wanted = (metrics["class"] == name) & (metrics["scope"] == test.scope) & (metrics["metric"] == test.metric)
     rows = metrics[wanted & (metrics["case"] == "mean")]
-    return "–" if rows.empty else with_interval(rows.iloc[0], digits=4)
+    return None if rows.empty else dict(rows.iloc[0])

@@ -65,6 +65,12 @@ class ZePTPredictor(nnUNetPredictor):
     def _extra(self) -> bool:
         return self.save_scores or self.save_anomaly_maps
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether the loaded model was trained by a ZePT trainer."""
+        network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        return hasattr(network, "forward_scores")
+
     def check_scores_available(self) -> None:
         """Raise where scores or maps are asked for and the loaded model has none.
 
@@ -97,7 +103,7 @@ class ZePTPredictor(nnUNetPredictor):
 
     def _scored(self) -> _NetworkWithScores:
         network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
-        if not hasattr(network, "forward_scores"):
+        if not self.has_scores:
             raise ZePTError(
                 f"--save_scores and --save_anomaly_maps want a model of a ZePT trainer; this one was trained by "
                 f"{self.trainer_name}. Leave the two flags out, or choose the model with -tr ZePTTrainer or -m"
