@@ -197,8 +197,8 @@ def descendants(pid: int) -> list[int]:
     return [p for child in map(int, found) for p in (child, *descendants(child))]
 
 
-def kill_first(out: Path, name: str) -> None:
-    """Kill the first attempt with all that it has started, as a node that goes down would."""
+def kill_first(out: Path, name: str, begun: Path | None = None) -> None:
+    """Kill the first attempt with all that it has started, as a node that goes down would; `begun`: not before it."""
     until = time.monotonic() + 600
     while time.monotonic() < until:
         try:
@@ -206,7 +206,7 @@ def kill_first(out: Path, name: str) -> None:
             pid = int(entry["job_id"]) if entry["state"] == "running" else 0
         except (OSError, KeyError, json.JSONDecodeError, ValueError):
             pid = 0
-        if pid:
+        if pid and (begun is None or begun.exists()):
             time.sleep(1.0)
             for process in [pid, *descendants(pid)]:
                 with suppress(ProcessLookupError):
@@ -225,7 +225,7 @@ def test_a_job_that_is_killed_is_tried_again_and_the_others_wait_for_it(tmp_path
         job(tmp_path, "d", ("a",)),
     ]
     out = tmp_path / "out"
-    killer = threading.Thread(target=kill_first, args=(out, "b"))
+    killer = threading.Thread(target=kill_first, args=(out, "b", tmp_path / "again"))
     killer.start()
     run_on_cluster(jobs, out, {"ZEPT_X": "1"}, "local", LOCAL, say=lambda line: None)
     killer.join()

@@ -89,13 +89,17 @@ def test_real_ct_is_found_again(tmp_path: Path) -> None:
     assert not any("a phantom" in pair for pair in found)
 
 
-def test_scans_that_cannot_be_compared_are_no_pair(tmp_path: Path) -> None:
-    flat = sitk.GetImageFromArray(np.zeros((40, 40, 40), np.float32))
-    flat.SetSpacing((4.0, 4.0, 4.0))
-    tiny = sitk.GetImageFromArray(np.random.default_rng(0).normal(size=(4, 4, 4)).astype(np.float32))
-    slice_ = sitk.GetImageFromArray(np.zeros((8, 8), np.float32))
-    images = {"flat": flat, "flat again": flat, "tiny": tiny, "tiny again": tiny, "2D": slice_, "2D again": slice_}
-    assert not pairs_of(written(images, tmp_path))
+def test_scans_without_landmarks_are_a_pair_where_every_voxel_is_the_same(tmp_path: Path) -> None:
+    images = {}
+    for seed in (0, 1):
+        rng = np.random.default_rng(seed)
+        flat = sitk.GetImageFromArray(np.full((40, 40, 40), seed, np.float32))
+        flat.SetSpacing((4.0, 4.0, 4.0))
+        tiny = sitk.GetImageFromArray(rng.normal(size=(4, 4, 4)).astype(np.float32))
+        slice_ = sitk.GetImageFromArray(rng.normal(size=(8, 8)).astype(np.float32))
+        images |= {f"flat {seed}": flat, f"tiny {seed}": tiny, f"2D {seed}": slice_}
+    images["tiny again"] = images["tiny 1"]
+    assert pairs_of(written(images, tmp_path)) == {frozenset(("tiny 1", "tiny again"))}
     assert not list(candidates({}))
 
 
