@@ -23,7 +23,7 @@ from zept_nnunet.knowledge.vectors import text_key
 
 pytestmark = pytest.mark.slow
 # Whatever starts in that environment runs this first. Processes of one command talk through sockets of the file system.
-SITECUSTOMIZE = """
+NO_NETWORK = """
 import socket, sys
 from importlib.machinery import PathFinder
 
@@ -99,7 +99,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     # torch and nnU-Net from here: a folder in a .pth is searched last, and what links this source tree is not read
     dependencies = [p for p in sys.path if p.endswith("-packages")]
     (workspace.site_packages / "dependencies.pth").write_text("\n".join(dependencies))
-    (workspace.site_packages / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    (workspace.site_packages / "no_network.py").write_text(NO_NETWORK)  # no sitecustomize: Debian has one of its own
+    (workspace.site_packages / "no_network.pth").write_text("import no_network\n")
     return workspace
 
 
