@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
-from zero_shot import METHODS, Workspace, arguments, concerns_final, matches, parse, phantom_of, write_whole
+from zero_shot import METHODS, Workspace, arguments, concerns_final, matches, parse, phantom_of
+
+from zept_nnunet.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "paired.csv"
 OURS = "zept"
@@ -78,7 +80,7 @@ def main() -> None:
     before = pd.read_csv(results) if results.is_file() else table.iloc[:0]
     others = before[~(matches(before, settings) & before["versus"].isin(args.methods))]
     both = table if others.empty else pd.concat([others, table])
-    write_whole(both.to_csv(index=False, float_format="%.5g"), results)
+    write_whole(results, both.to_csv(index=False, float_format="%.5g"))
     shown = table.assign(column=[(SHOWN | AT_RATE).get(k) for k in zip(table["scope"], table["metric"], strict=True)])
     shown = shown[~shown["seen"]].dropna(subset="column")
     shown["figure"] = [

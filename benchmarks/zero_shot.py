@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from zept_nnunet.commands.baseline import RECIPES
 from zept_nnunet.commands.trainers_path import trainers_path
+from zept_nnunet.files import write_whole
 from zept_nnunet.threads import KEEP_MEMORY, cpu_threads
 from zept_nnunet.training.budget import training_minutes
 
@@ -415,15 +416,7 @@ def measure(
 def append_rows(rows: pd.DataFrame, results: Path) -> None:
     """All of them or none: a run whose rows stand there is not run again."""
     before = results.read_text(encoding="utf-8") if results.is_file() else ""
-    write_whole(before + rows.to_csv(header=not before, index=False, float_format="%.5g"), results)
-
-
-def write_whole(text: str, path: Path) -> None:
-    """A killed run leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(results, before + rows.to_csv(header=not before, index=False, float_format="%.5g"))
 
 
 def concerns_final(classes: pd.Series, dataset: Path) -> pd.Series:

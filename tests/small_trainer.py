@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.network.narrow import TWO_KIDNEYS, narrow_block, randomize
+from tests.nnunet_folders import make_nnunet_folders
 from tests.small_plans import DATASET_JSON, make_plans
 from zept_nnunet.training.trainer import ZePTTrainer
 
@@ -29,9 +30,7 @@ def make_trainer(
         block: the plans' `zept` block; a narrow one of these labels by default.
         labels: of the dataset; two kidneys among them by default.
     """
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        monkeypatch.setenv(name, str(folder / name))
+    make_nnunet_folders(folder, monkeypatch)
     labels = labels or TWO_KIDNEYS
     plans = {**make_plans(dimensions), "zept": block or narrow_block(labels), "continue_training": False}
     preprocessed = folder / "nnUNet_preprocessed" / plans["dataset_name"] / "nnUNetPlans_x"

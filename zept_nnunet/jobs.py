@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.files import stamp, write_whole
 
 LOCK = "running.lock"
 STATUS = "status.json"
@@ -68,8 +69,7 @@ def _state_of(path: Path) -> Any:
         return None
     if path.suffix in (".json", ".yaml"):  # small, and written anew without a change
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+    return stamp(path)
 
 
 def _text_of(path: Path) -> str | None:
@@ -142,7 +142,6 @@ class Progress:
         for name, entry in self.left.items():
             self.entries[name] |= {k: entry[k] for k in ("state", *_FACTS)}
         self.before = {name: entry["attempts"] for name, entry in self.entries.items()}
-        folder.mkdir(parents=True, exist_ok=True)
         self.write()
 
     def set(self, name: str, state: str, **facts: Any) -> None:
@@ -194,9 +193,7 @@ class Progress:
 
     def write(self) -> None:
         """Whole or not at all: another process may read it at any time."""
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.others | self.entries, indent=2) + "\n", encoding="utf-8")
-        partial.rename(self.path)
+        write_whole(self.path, json.dumps(self.others | self.entries, indent=2) + "\n")
 
 
 _FACTS = ("cluster", "job_id", "digest", "log")

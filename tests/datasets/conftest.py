@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.nnunet_folders import make_nnunet_folders
+
 
 @pytest.fixture
 def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(name, str(tmp_path / name))
+    make_nnunet_folders(tmp_path, monkeypatch)
     return tmp_path / "nnUNet_raw"

@@ -24,10 +24,9 @@ SPACING = (0.8, 0.9, 2.5)
 
 
 @pytest.fixture
-def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def raw(tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For nnU-Net's own code too, which reads the variables when it is imported."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(name, str(tmp_path / name))
         monkeypatch.setattr(f"nnunetv2.paths.{name}", str(tmp_path / name), raising=False)
     return tmp_path / "nnUNet_raw"
 

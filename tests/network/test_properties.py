@@ -12,6 +12,7 @@ import torch
 from tests.network import reference
 from tests.network.narrow import TWO_KIDNEYS, narrow_block, randomize
 from tests.network.reference import array
+from tests.nnunet_folders import make_nnunet_folders
 from tests.small_plans import DATASET_JSON, make_network, make_plans
 from zept_nnunet.network.grouping import assign
 from zept_nnunet.network.heads import to_channels
@@ -252,9 +253,7 @@ def make_trainer(
     trainer: type[ZePTTrainer], monkeypatch: pytest.MonkeyPatch, folder: Path, block: dict[str, Any] | None = None
 ) -> ZePTTrainer:
     """Initialized on small plans, with a query path that has left its starting point."""
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (folder / name).mkdir()
-        monkeypatch.setenv(name, str(folder / name))
+    make_nnunet_folders(folder, monkeypatch)
     plans = {**make_plans(), "zept": block or narrow_block()}
     preprocessed = folder / "nnUNet_preprocessed" / plans["dataset_name"] / "nnUNetPlans_x"
     preprocessed.mkdir(parents=True)

@@ -14,6 +14,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from tests.network.compare import differing
+from tests.nnunet_folders import make_nnunet_folders
 from tests.small_plans import DATASET_JSON, make_network, make_plans
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.losses import TERMS
@@ -35,9 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(name, str(tmp_path / name))
+    make_nnunet_folders(tmp_path, monkeypatch)
     return tmp_path / "nnUNet_results"
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from zept_nnunet.commands.demo import Step, positive_int, run_step
 from zept_nnunet.commands.trainers_path import trainers_path
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.files import write_whole
 from zept_nnunet.threads import cpu_threads
 
 if TYPE_CHECKING:
@@ -428,6 +429,4 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")

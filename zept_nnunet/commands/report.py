@@ -10,6 +10,7 @@ from typing import Any
 from zept_nnunet.commands.baseline import RECIPES
 from zept_nnunet.commands.taxonomy import find_dataset_json
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.files import write_whole
 
 
 def register(subparsers: Any) -> None:
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         folders = Folders.find(args.r, args.images, dataset_json)
     page = html_report.Page(args.title, methods, committed, dataset_json, folders, args.classes, args.cases, retrievals)
     text = html_report.render(page)
-    html_report.write(args.o, text)
+    write_whole(args.o, text)
     print(f"written: {args.o} ({len(text.encode('utf-8')) / 1e6:.1f} MB)")
     if folders is None or not with_predictions:
         print("note: no cases are shown; they want -d or -r with --images, and --method NAME=EVALUATION:PREDICTIONS")

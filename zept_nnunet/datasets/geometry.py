@@ -90,6 +90,13 @@ def on_one_grid(a: Any, b: Any) -> bool:
     )
 
 
+def in_words(header: Any) -> str:
+    """Voxels, spacing, origin and direction of an image or of a header of `read_header`, for a message."""
+    numbers = (header.GetSize(), header.GetSpacing(), header.GetOrigin(), header.GetDirection())
+    names = ("voxels", "spacing", "origin", "direction")
+    return ", ".join(f"{n} ({', '.join(f'{v:.6g}' for v in x)})" for n, x in zip(names, numbers, strict=True))
+
+
 def _nibabel_reads(path: Path) -> bool:
     """Whether nibabel can read a NIfTI header that SimpleITK refuses: it takes directions that are not orthonormal."""
     import nibabel

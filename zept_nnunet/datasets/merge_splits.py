@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from zept_nnunet.datasets.merge import Merge, MergeSource
 from zept_nnunet.datasets.same_scan import Ties
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.files import write_whole
 
 NUM_FOLDS = 5
 Splits = list[dict[str, list[str]]]
@@ -104,7 +104,4 @@ def check_splits(folder: Path, splits: Splits) -> None:
 
 def write_splits(folder: Path, splits: Splits) -> None:
     """splits_final.json, where nnU-Net looks for it: whole or not at all. `folder` as in `check_splits`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".partial_splits_final.json"
-    partial.write_text(json.dumps(splits, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "splits_final.json")
+    write_whole(folder / "splits_final.json", json.dumps(splits, indent=2) + "\n")

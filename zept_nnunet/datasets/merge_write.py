@@ -18,6 +18,7 @@ from zept_nnunet.datasets.merge import KEY, Merge, MergeSource
 from zept_nnunet.datasets.merge_splits import Splits, write_splits
 from zept_nnunet.datasets.raw_folder import nearest_hosts, read_label_map, relabeled, write_dataset_json
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.files import stamp
 
 
 def described(merge: Merge, target: Path, same: Mapping[str, str]) -> dict[str, Any]:
@@ -40,10 +41,9 @@ def described(merge: Merge, target: Path, same: Mapping[str, str]) -> dict[str, 
         masks = source.organs_from.files(case) if source.organs_from else []
         for path in map(Path, (files["label"], *masks)):
             try:
-                stat = path.stat()
+                digest.update(f"{path} {stamp(path)}\n".encode())
             except OSError as error:
                 raise ZePTError(f"{path} cannot be read ({error.strerror}); case {case!r} wants it") from error
-            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     content[KEY]["digest"] = digest.hexdigest()
     return content
 

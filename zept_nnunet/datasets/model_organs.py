@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from zept_nnunet.datasets.geometry import on_one_grid, read_header
+from zept_nnunet.datasets.geometry import in_words, on_one_grid, read_header
 from zept_nnunet.datasets.raw_folder import read_label_map
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.names import infer_is_tumor, may_overlap, name_key
@@ -99,7 +99,8 @@ class ModelOrgans:
                 if label is not None and mask is not None and not on_one_grid(mask, label):
                     raise ZePTError(
                         f"{path} lies on another grid than {files['label']} (voxels, spacing, origin or direction "
-                        f"differ): {_grid(mask)}, wanted {_grid(label)}. Make the masks from the dataset's own images"
+                        f"differ): {in_words(mask)}; wanted {in_words(label)}. Make the masks from the dataset's own "
+                        "images"
                     )
 
     def under(self, labels: np.ndarray, case: str, values: Mapping[str, int], reader: Any) -> np.ndarray:
@@ -135,9 +136,3 @@ class ModelOrgans:
                 f"{path} has {array.shape} voxels, the case's labels {shape}: make the masks on the image's own grid"
             )
         return array
-
-
-def _grid(header: Any) -> str:
-    numbers = (header.GetSize(), header.GetSpacing(), header.GetOrigin(), header.GetDirection())
-    names = ("voxels", "spacing", "origin", "direction")
-    return ", ".join(f"{n} {tuple(round(v, 3) for v in x)}" for n, x in zip(names, numbers, strict=True))

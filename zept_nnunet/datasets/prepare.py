@@ -28,6 +28,7 @@ import SimpleITK as sitk
 import yaml
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from zept_nnunet.datasets.geometry import in_words
 from zept_nnunet.datasets.model_organs import class_map
 from zept_nnunet.datasets.raw_folder import new_dataset, read_dataset_json, write_dataset_json
 from zept_nnunet.errors import ZePTError
@@ -384,7 +385,7 @@ def _check_grid(label: Any, image: Any, path: Path) -> None:
     """
     if not np.allclose(_corners(label), _corners(image), rtol=0, atol=0.5 * min(image.GetSpacing())):
         raise ZePTError(
-            f"{path} does not lie on its image: {_place(label)}; wanted the image's {_place(image)}. Resample it "
+            f"{path} does not lie on its image: {in_words(label)}; wanted the image's {in_words(image)}. Resample it "
             "to the image, or correct the header that is wrong"
         )
 
@@ -395,11 +396,6 @@ def _corners(image: Any) -> np.ndarray:
     ends = np.vstack([np.zeros(3), np.diag(np.array(image.GetSize()) - 1)])
     corners: np.ndarray = np.array(image.GetOrigin()) + ends @ axes.T
     return corners
-
-
-def _place(image: Any) -> str:
-    parts = {"origin": image.GetOrigin(), "spacing": image.GetSpacing(), "direction": image.GetDirection()}
-    return ", ".join(f"{name} ({', '.join(f'{v:.4g}' for v in values)})" for name, values in parts.items())
 
 
 def _check_slices(masks: Mapping[float, Path], images: Mapping[float, Path]) -> None:

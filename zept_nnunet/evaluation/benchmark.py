@@ -23,7 +23,8 @@ from zept_nnunet.commands.trainers_path import trainers_path
 from zept_nnunet.datasets.merge import class_key
 from zept_nnunet.datasets.raw_folder import read_dataset_json, relabeled, training_cases
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.evaluation.html_report import page_environment, version, write
+from zept_nnunet.evaluation.html_report import page_environment, version
+from zept_nnunet.files import stamp, write_whole
 from zept_nnunet.jobs import Job
 from zept_nnunet.taxonomy import Taxonomy, Tumor, annotated_for, annotated_patterns, declared_unseen
 
@@ -155,9 +156,8 @@ def write_references(model: Model, test: LabeledCases, out: Path) -> None:
     ours |= {"ignore": len(ours)} if ignore is not None else {}
     table |= {ignore: ours["ignore"]} if ignore is not None else {}
     patterns = annotated_patterns(test.dataset_json, str(test.folder / "dataset.json"))
-    _remove_others(
-        out, [sorted(table.items()), ending, *([c, *map(_stamp, (*i, f))] for c, (i, f) in test.cases.items())]
-    )
+    files = [[case, *((str(p.resolve()), *stamp(p)) for p in (*i, f))] for case, (i, f) in test.cases.items()]
+    _remove_others(out, [sorted(table.items()), ending, *files])
     annotated = {}
     for case, (images, label) in tqdm(test.cases.items(), desc=f"references of {test.name}", unit="case"):
         named = annotated_for(case, patterns)
@@ -198,11 +198,6 @@ def _remove_others(out: Path, made_from: list[Any]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         record.write_text(digest, encoding="utf-8")
-
-
-def _stamp(path: Path) -> list[Any]:
-    found = path.stat()
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
 
 
 def jobs_of(
@@ -319,7 +314,9 @@ def write_table(table: pd.DataFrame, out: Path, title: str = "Benchmark", notes:
     paths[1].write_text(text + "\n", encoding="utf-8")
     page = page_environment().get_template("html_benchmark.html.j2")
     rows = [[str(v) for v in row] for row in table.itertuples(index=False)]
-    write(paths[2], page.render(title=title, notes=notes, columns=list(table.columns), rows=rows, version=version()))
+    write_whole(
+        paths[2], page.render(title=title, notes=notes, columns=list(table.columns), rows=rows, version=version())
+    )
     return paths
 
 

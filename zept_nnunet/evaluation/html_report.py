@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -145,17 +143,6 @@ def table_columns(rate: float | None) -> list[Column]:
             ),
         ]
     return columns
-
-
-def write(path: Path, text: str) -> None:
-    """Write under another name, then rename: nothing half-written stands under the page's name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _describe(index: int, method: Method) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from zept_nnunet.errors import ZePTError
 from zept_nnunet.evaluation.classes import read_class_table
 from zept_nnunet.evaluation.ranking import decode
 from zept_nnunet.evaluation.run import FalsePositives
+from zept_nnunet.files import write_whole
 from zept_nnunet.inference.model_folder import dump_like, folds, read_json
 from zept_nnunet.inference.predict import ZePTPredictor
 from zept_nnunet.network.logits import LOGIT_LIMIT
@@ -169,12 +169,7 @@ def write_thresholds(folder: Path, entries: Mapping[str, Mapping[str, Any]] | No
         block["thresholds"] = {name: dict(entry) for name, entry in entries.items()}
     plans["zept"] = block or None
     read_block(plans, str(path))  # without the old ones: a damaged threshold can be removed
-    partial = path.with_name(f".plans.json.{uuid.uuid4().hex[:8]}")
-    try:
-        partial.write_text(dump_like(path, plans), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, dump_like(path, plans))
 
 
 def _scans(folder: Path, file_ending: str) -> dict[str, list[str]]:
