@@ -18,10 +18,12 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
+from tests.commands import Workspace
 from tests.evaluation.small_folders import RAW_JSON, draw_references, write_predictions, write_references
 from tests.small_plans import DATASET_JSON
 from zept_nnunet.plans_block import DECODER_SETTINGS, TRAINING_SETTINGS, build_block
 from zept_nnunet.taxonomy import Taxonomy, annotated_for, annotated_patterns, declared_unseen
+from zept_nnunet.training.trainer import ZePTTrainer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIZES = {"width", "heads", "grouping_scales", "advanced_layers", "prompt_probability"}
@@ -242,3 +244,42 @@ def test_some_test_cases_are_as_many_of_each_kind_and_none_of_final_types(script
     assert drawn == script.draw_cases(dict(reversed(holds.items())), ["stomach tumor", "pancreas tumor"], 15)
     counts = {kind: sum(case.startswith(kind) for case in drawn) for kind in ("healthy", "liver", "spleen", "pancreas")}
     assert counts == {"healthy": 5, "liver": 5, "spleen": 3, "pancreas": 0} and len(set(drawn)) == 13
+
+
+@pytest.mark.parametrize("script", ["iteration_time"], indirect=True)
+def test_steps_of_each_stage_and_of_nnunet_take_turns(
+    script: ModuleType, planned: Path, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"nnUNet_raw": workspace.raw, "nnUNet_preprocessed": workspace.preprocessed, "nnUNet_results": tmp_path}
+    for name, folder in folders.items():
+        monkeypatch.setenv(name, str(folder))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setattr(script, "PLANS", "nnUNetPlans")
+    stages: list[int] = []
+    step = ZePTTrainer.train_step
+
+    def watched(self: ZePTTrainer, batch: dict[str, Any]) -> dict[str, Any]:
+        result = step(self, batch)
+        stages.append(self._zept().stage)
+        return result
+
+    monkeypatch.setattr(ZePTTrainer, "train_step", watched)
+    args = argparse.Namespace(configuration="3d_fullres", device="cpu", rounds=2, steps=1)
+    rows = pd.DataFrame(script.measure(args, planned.name))
+    assert stages == [1] * script.WARM_UP + [2] * script.WARM_UP + [1, 2] * 2
+    taken = rows.pivot(index="round", columns="step", values="seconds")
+    assert (taken > 0).all(axis=None) and (rows["seconds_to_draw"] > 0).all()
+    assert np.allclose(taken["zept"], 0.2 * taken["zept, stage I"] + 0.8 * taken["zept, stage II"])
+
+
+@pytest.mark.parametrize("script", ["iteration_time"], indirect=True)
+def test_a_step_is_compared_with_nnunets_of_its_own_round(script: ModuleType) -> None:
+    rows = [
+        {"step": step, "round": number, "seconds": base * factor, "seconds_to_draw": 0.1}
+        for run in (1.0, 3.0)  # the machine was three times slower when the script ran again
+        for number, base in enumerate((run, 2 * run))
+        for step, factor in (("nnU-Net", 1.0), ("zept", 1.5))
+    ]
+    table = script.summary(pd.DataFrame(rows))
+    assert table["ratio"].to_dict() == {"nnU-Net": "1.000 ± 0.000", "zept": "1.500 ± 0.000"}
+    assert table.loc["nnU-Net", "seconds"].startswith("3.000 ± ")
