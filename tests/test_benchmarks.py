@@ -83,7 +83,7 @@ def test_descriptions_are_ranked_on_the_unseen_tumor_within_its_host(script: Mod
     raw, predictions = tmp_path / "raw", tmp_path / "predictions"
     for folder in (raw / "labelsTs", predictions):
         folder.mkdir(parents=True)
-    content = {"labels": {"spleen": 1}, "zept": {"unseen": {"spleen tumor": {"label": 2}}}}
+    content = {"labels": {"spleen": 1}, "zept": {"unseen": {"spleen tumor": {"hosts": ["spleen"], "label": 2}}}}
     (raw / "dataset.json").write_text(json.dumps(content))
     reference = np.zeros((4, 4, 4), dtype=np.uint8)
     reference[1:3], reference[1, :2] = 1, 2
@@ -91,10 +91,25 @@ def test_descriptions_are_ranked_on_the_unseen_tumor_within_its_host(script: Mod
     sitk.WriteImage(sitk.GetImageFromArray(reference), str(raw / "labelsTs" / "a.nii.gz"))
     names = [f"spleen tumor ({n})" for n in ("short", "generic")]
     np.savez(predictions / "a_scores.npz", logits=np.stack([logits, -logits]).astype(np.float16), classes=names)
-    table = script.rank(raw, predictions, {"short": "", "generic": ""}).set_index("wording")
+    table = script.rank(raw, predictions, "spleen tumor", {"short": "", "generic": ""}).set_index("wording")
     assert table["AUROC in host"].tolist() == [1.0, 0.0] and table["is_right"].tolist() == [True, False]
     found, tumor = (logits > 0).sum(), (reference == 2).sum()
     assert table.loc["short", "DSC"] == pytest.approx(2 * tumor / (found + tumor))
+
+
+@pytest.mark.parametrize("script", ["descriptions"], indirect=True)
+def test_final_unseen_types_are_described_rightly_generically_and_wrongly(script: ModuleType, tmp_path: Path) -> None:
+    record = {"development_unseen": ["spleen tumor"], "final_unseen": ["pancreas tumor", "stomach tumor"]}
+    (tmp_path / "dataset.json").write_text(json.dumps({"zept_phantom": record}))
+    assert set(script.wordings(tmp_path, final=False)) == {"spleen tumor"}
+    final = script.wordings(tmp_path, final=True)
+    assert set(final) == set(record["final_unseen"])
+    own = {tumor: texts["built-in"] for tumor, texts in final.items()}
+    assert "pancreas" in own["pancreas tumor"].lower() and "antrum" in own["stomach tumor"].lower()
+    assert {texts["generic"] for texts in final.values()} == {"a tumor"}
+    others = [texts["another unseen tumor's"] for texts in final.values()]
+    assert others == [own["stomach tumor"], script.RIGHT["built-in"]]
+    assert {name for texts in final.values() for name in texts if name in script.RIGHT} == {"built-in"}
 
 
 @pytest.mark.parametrize("script", ["zero_shot"], indirect=True)
