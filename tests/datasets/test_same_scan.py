@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,29 @@ def test_sameness_reaches_by_way_of_a_third() -> None:
     assert groups_of(["a", "b", "c", "d"], pairs) == {"a": "a", "b": "a", "c": "a", "d": "d"}
 
 
-def test_landmarks_of_many_scans_are_few_bytes() -> None:
-    """10,000 scans are compared in memory that does not depend on the size of the scans."""
-    scan = Landmarks(np.zeros((128, 3), np.float32), np.zeros((128, 27), np.float32))
-    assert 10_000 * (scan.positions.nbytes + scan.descriptions.nbytes) < 2e8
+def landmarks_of_patients(count: int) -> dict[str, Landmarks]:
+    """Of patients that are much alike, so that nearly every landmark has as many votes as it may have."""
+    rng, scans = np.random.default_rng(0), {}
+    kinds = rng.normal(size=(4, 27))
+    for i in range(count):
+        descriptions = rng.normal(size=(128, 4)) @ kinds
+        descriptions = (descriptions - descriptions.mean(1, keepdims=True)) / descriptions.std(1, keepdims=True)
+        positions = rng.uniform(0, 300, (128, 3))
+        scans[f"scan {i}"] = Landmarks(positions.astype(np.float32), descriptions.astype(np.float32))
+    return scans
+
+
+def test_memory_of_a_scan_does_not_grow_with_the_number_of_scans() -> None:
+    """10,000 scans are compared in at most 1.5 GB, whatever their size."""
+    peaks = []
+    for count in (50, 150):
+        scans = landmarks_of_patients(count)
+        scans["again"] = Landmarks(scans["scan 7"].positions + np.float32([8, -4, 2]), scans["scan 7"].descriptions)
+        scans["no landmark"] = Landmarks(np.zeros((0, 3), np.float32), np.zeros((0, 27), np.float32))
+        own = sum(x.positions.nbytes + x.descriptions.nbytes for x in scans.values())
+        tracemalloc.start()
+        ((first, second, shift),) = candidates(scans)
+        peaks.append((tracemalloc.get_traced_memory()[1] + own) / count)
+        tracemalloc.stop()
+        assert (first, second) == ("scan 7", "again") and np.allclose(shift, [8, -4, 2], atol=1e-3)
+    assert peaks[1] < 1.1 * peaks[0] and 10_000 * max(peaks) < 1.5e9

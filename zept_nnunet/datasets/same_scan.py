@@ -137,28 +137,38 @@ def candidates(scans: Mapping[str, Landmarks]) -> Iterator[tuple[str, str, np.nd
     positions to the second one's.
     """
     names = list(scans)
-    owner = np.concatenate([np.full(len(scans[n].positions), i) for i, n in enumerate(names)] or [np.zeros(0, int)])
+    numbers = [len(scans[n].positions) for n in names]
+    owner = np.repeat(np.arange(len(names), dtype=np.int32), numbers)
     if not len(owner):
         return
     positions = np.concatenate([scans[n].positions for n in names])
     descriptions = np.concatenate([scans[n].descriptions for n in names])
     tree = cKDTree(descriptions)
-    votes: dict[tuple[int, int], list[np.ndarray]] = {}
-    for i, name in enumerate(names):
-        if not len(scans[name].positions):
+    votes = []  # (2, N) landmarks of two scans that look alike; 8 bytes each, as there are up to 1536 of a scan
+    for i, end in enumerate(itertools.accumulate(numbers)):
+        if not numbers[i]:
             continue
-        mine = np.flatnonzero(owner == i)
+        mine = np.arange(end - numbers[i], end)
         _, found = tree.query(descriptions[mine], k=min(_NEAREST + 1, len(owner)), distance_upper_bound=_ALIKE)
-        for landmark, others in zip(mine, found.reshape(len(mine), -1), strict=True):
-            for other in others[others < len(owner)]:
-                if owner[other] != i:
-                    pair = (min(i, owner[other]), max(i, owner[other]))
-                    shift = positions[other] - positions[landmark]
-                    votes.setdefault(pair, []).append(shift if i < owner[other] else -shift)
-    for (i, j), shifts in sorted(votes.items()):
-        shift = _common(np.array(shifts))
+        found = found.reshape(len(mine), -1)
+        row, column = np.nonzero(found < len(owner))  # the tree names one that does not exist where there are fewer
+        alike = np.stack((mine[row], found[row, column])).astype(np.int32)
+        votes.append(np.sort(alike[:, owner[alike[1]] != i], axis=0))  # landmarks stand in the order of their scans
+    first, second = np.concatenate(votes, axis=1)
+    votes.clear()
+    pair = owner[first].astype(np.int64)
+    pair *= len(names)
+    pair += owner[second]
+    order = np.argsort(pair, kind="stable")
+    pair = pair[order]
+    starts = np.concatenate(([0], np.flatnonzero(pair[1:] != pair[:-1]) + 1))
+    ends = np.append(starts[1:], len(pair))
+    is_enough = ends - starts >= _MIN_VOTES
+    for start, end in zip(starts[is_enough], ends[is_enough], strict=True):
+        its = order[start:end]
+        shift = _common(positions[second[its]] - positions[first[its]])
         if shift is not None:
-            yield names[i], names[j], shift
+            yield names[owner[first[its[0]]]], names[owner[second[its[0]]]], shift
 
 
 def _common(shifts: np.ndarray) -> np.ndarray | None:
