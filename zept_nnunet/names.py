@@ -125,10 +125,15 @@ def name_key(name: str) -> tuple[str, ...]:
     return tuple(sorted(words))
 
 
+def numbers_in(name: str) -> set[str]:
+    """ "rib_left_4" → {"4"}: words of a name that are numbers."""
+    return {word for word in _words(name) if word.isdigit()}
+
+
 def may_overlap(a: str, b: str) -> bool:
     """Whether one of two organs may hold the other: "kidney" and "left kidney", "lung" and "left upper lobe"."""
     of_a, of_b = _anatomy(a), _anatomy(b)
-    numbers_a, numbers_b = ({w for w in _words(name) if w.isdigit()} for name in (a, b))
+    numbers_a, numbers_b = numbers_in(a), numbers_in(b)
     differ = bool(numbers_a and numbers_b) and numbers_a != numbers_b  # two ribs
     return bool(of_a) and of_a == of_b and name_key(a) != name_key(b) and _agree(a, b) and not differ
 

@@ -47,6 +47,13 @@ def test_a_tumor_that_is_left_out_belongs_to_the_nearest_of_its_hosts(raw: Path)
     assert set(annotated_for("d102_case0", annotated_patterns(content)) or ()) == {"left_kidney", "right_kidney"}
 
 
+def test_a_number_tells_classes_apart_that_share_a_description(raw: Path) -> None:
+    make(raw, "Dataset101_A", {"background": 0, "rib 3": 1})
+    make(raw, "Dataset102_B", {"background": 0, "rib 4": 1, "rib_3": 2})
+    assert run() == 0
+    assert set(merged(raw)[1]["labels"]) == {"background", "rib 3", "rib 4"}
+
+
 NAMES = {
     "two classes of one name": ("{101: {liver tumor: tumor}, 102: {spleen tumor: tumor}}", "two classes.*'tumor'"),
     "background": ("{101: {liver: background}}", "'background' is not a name for a class"),

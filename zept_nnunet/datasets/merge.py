@@ -30,7 +30,15 @@ from zept_nnunet.declarations import Unseen, declared_vectors
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.labels import RESERVED
-from zept_nnunet.names import infer_hosts, is_generic_tumor, may_overlap, name_key, normalize_name, organs_named
+from zept_nnunet.names import (
+    infer_hosts,
+    is_generic_tumor,
+    may_overlap,
+    name_key,
+    normalize_name,
+    numbers_in,
+    organs_named,
+)
 from zept_nnunet.taxonomy import Taxonomy, Tumor, annotated_for, annotated_patterns, declared_unseen
 
 KEY = "zept_merge"
@@ -107,9 +115,14 @@ class MergeSource:
 
 
 def class_key(name: str, hosts: tuple[str, ...] | None) -> tuple[str, ...]:
-    """What two datasets' names of one class have in common. `hosts`: of a tumor; None: an organ."""
+    """What two datasets' names of one class have in common. `hosts`: of a tumor; None: an organ.
+
+    A number that a description leaves out, as that of ribs, tells classes apart.
+    """
     entry = catalog().find(name, hosts or (), "organ" if hosts is None else "tumor")
-    return name_key(entry.name if entry is not None else name)
+    if entry is None:
+        return name_key(name)
+    return (*name_key(entry.name), *sorted(numbers_in(name) - numbers_in(entry.name)))
 
 
 def _unusable_names(classes: Iterable[MergedClass]) -> list[str]:
