@@ -48,6 +48,13 @@ def test_normalize_name(name: str, wanted: str) -> None:
         "Klatskin",
         "AML",
         "FNH",
+        "HGG",
+        "pancreatic NET",
+        "linitis plastica",
+        "enlarged lymph nodes",
+        "pathological left pelvic lymph node",
+        "omental cake",
+        "peritoneal implants",
     ],
 )
 def test_tumor_names(name: str) -> None:
@@ -59,6 +66,9 @@ def test_tumor_names(name: str) -> None:
     [
         "liver",
         "lymph node",
+        "lymph_nodes_pelvic",
+        "dental implants",
+        "enlarged liver",
         "stoma",
         "soma",
         "stomach",
@@ -108,6 +118,27 @@ def test_organ_names(name: str) -> None:
         ("hepatic AML", ["liver", "kidney"], ("liver",)),
         ("oncocytoma", ["liver", "kidney"], ("kidney",)),
         ("livertumor01", ["liver", "kidney"], ("liver",)),
+        ("large bowel tumor", ["colon", "bowel"], ("colon",)),
+        ("colorectal liver metastases", ["liver", "colon", "rectum"], ("liver",)),
+        ("breast cancer liver metastasis", ["breast", "liver"], ("liver",)),
+        ("lung metastasis of colon cancer", ["lung", "colon"], ("lung",)),
+        ("liver and lung metastases", ["lung", "liver", "colon"], ("lung", "liver")),
+        ("metastasis of the liver", ["lung", "liver"], ("liver",)),
+        ("metastases in left kidney", ["left kidney", "right kidney"], ("left kidney",)),
+        ("left kidney mets", ["left kidney", "right kidney"], ("left kidney",)),
+        (
+            "left breast cancer liver metastasis",
+            ["liver right lobe", "liver left lobe"],
+            ("liver right lobe", "liver left lobe"),
+        ),
+        ("left and right kidney metastases", ["left kidney", "right kidney"], ("left kidney", "right kidney")),
+        ("lung metastasis", ["liver", "spleen"], ()),
+        (
+            "cervical lymph node metastasis",
+            ["cervix", "lymph nodes", "cervical lymph nodes"],
+            ("lymph nodes", "cervical lymph nodes"),
+        ),
+        ("cervical cancer", ["cervix", "lymph nodes"], ("cervix",)),
     ],
 )
 def test_infer_hosts(tumor: str, organs: list[str], wanted: tuple[str, ...]) -> None:

@@ -15,7 +15,13 @@ _TUMOR_WORDS = frozenset(
     "cysts kyst kysts nodule nodules mass masses metastasis metastases metastatic mets polyp polyps gist hcc rcc "
     "pdac ipmn nsclc sclc edema oedema necrosis necrotic abscess abscesses carcinoid carcinoids carcinomatosis "
     "desmoid dermoid fibroid fibroids lymphadenopathy adenopathy mucocele hyperplasia fibromatosis "
-    "lymphangiomatosis klatskin aml fnh ccrcc prcc chrcc icca pcca dcca utuc pnet pannet sbnet gbm".split()
+    "lymphangiomatosis klatskin aml fnh ccrcc prcc chrcc icca pcca dcca utuc pnet pannet sbnet gbm pnen hgg lgg crc "
+    "mpm hca flc gbc rmc net mcn spn lamn escc hgsoc gctb sts ptc atc pitnet scc tcc linitis malformation "
+    "malformations lymphomatous".split()
+)
+_TUMOR_PHRASE = re.compile(
+    r"\b(?:enlarged|abnormal|suspicious|pathologic(?:al)?) (?:\w+ )*nodes?\b|\bomental cakes?\b|"
+    r"\bperitoneal implants?\b"
 )
 _GENERIC = frozenset(
     "tumor tumors neoplasm neoplasms cancer cancers lesion lesions mass masses cyst cysts nodule nodules metastasis "
@@ -28,32 +34,36 @@ _GLUED_SIDE = re.compile(r"^(?:(left|right)([a-z]{4,})|([a-z]{4,})(left|right))$
 _NOT_OMA = frozenset("stoma stomas stroma soma somas coma trachoma glaucoma".split())
 
 _ANATOMY = {  # word → the anatomical words that it stands for
-    **dict.fromkeys("hepatic livers hepatocellular hepatoblastoma hcc icca".split(), ("liver",)),
-    **dict.fromkeys("renal kidneys nephric rcc ccrcc prcc chrcc nephroblastoma".split(), ("kidney",)),
-    **dict.fromkeys("pancreatic pdac ipmn pnet pannet".split(), ("pancreas",)),
+    **dict.fromkeys("hepatic livers hepatocellular hepatoblastoma hcc hca icca".split(), ("liver",)),
+    **dict.fromkeys("renal kidneys nephric rcc ccrcc prcc chrcc rmc nephroblastoma".split(), ("kidney",)),
+    **dict.fromkeys("pancreatic pdac ipmn pnet pannet pnen".split(), ("pancreas",)),
     **dict.fromkeys("splenic spleens".split(), ("spleen",)),
     **dict.fromkeys("pulmonary lungs nsclc sclc bronchial bronchogenic".split(), ("lung",)),
     **dict.fromkeys("colonic".split(), ("colon",)),
     **dict.fromkeys("rectal".split(), ("rectum",)),
-    "colorectal": ("colon", "rectum"),
+    **dict.fromkeys("colorectal crc".split(), ("colon", "rectum")),
     **dict.fromkeys("gastric".split(), ("stomach",)),
-    **dict.fromkeys("oesophagus oesophageal esophageal".split(), ("esophagus",)),
+    **dict.fromkeys("oesophagus oesophageal esophageal escc".split(), ("esophagus",)),
     **dict.fromkeys("duodenal".split(), ("duodenum",)),
     **dict.fromkeys("adrenals suprarenal".split(), ("adrenal",)),
     **dict.fromkeys("vesical".split(), ("bladder",)),
     **dict.fromkeys("prostatic".split(), ("prostate",)),
     **dict.fromkeys("uterine".split(), ("uterus",)),
-    **dict.fromkeys("ovarian ovaries".split(), ("ovary",)),
+    **dict.fromkeys("ovarian ovaries hgsoc".split(), ("ovary",)),
     **dict.fromkeys("cervical".split(), ("cervix",)),
-    **dict.fromkeys("thyroidal".split(), ("thyroid",)),
-    **dict.fromkeys("cerebral glioma glioblastoma gbm meningioma".split(), ("brain",)),
+    **dict.fromkeys("thyroidal ptc atc".split(), ("thyroid",)),
+    **dict.fromkeys("cerebral glioma glioblastoma gbm hgg lgg meningioma".split(), ("brain",)),
     **dict.fromkeys("cardiac".split(), ("heart",)),
     **dict.fromkeys("mammary breasts".split(), ("breast",)),
-    **dict.fromkeys("osseous bony bones".split(), ("bone",)),
+    **dict.fromkeys("osseous bony bones gctb".split(), ("bone",)),
     **dict.fromkeys("vertebrae vertebral vertebras".split(), ("vertebra",)),
     **dict.fromkeys("ribs costal".split(), ("rib",)),
     **dict.fromkeys("bowels intestine intestines intestinal".split(), ("bowel",)),
     **dict.fromkeys("nodes nodal".split(), ("node",)),
+    "gbc": ("gallbladder",),
+    "lamn": ("appendix",),
+    "mpm": ("pleura",),
+    "pitnet": ("pituitary",),
 }
 _USUAL_ANATOMY = {  # tumors → where they sit unless the name says otherwise, as "hepatic AML" does
     **dict.fromkeys("aml angiomyolipoma oncocytoma".split(), "kidney"),
@@ -63,6 +73,8 @@ _KNOWN_ANATOMY = frozenset(word for words in _ANATOMY.values() for word in words
     "gallbladder jejunum ileum appendix trachea larynx pharynx testis penis vagina eye tongue tonsil skin muscle "
     "pituitary thymus pleura peritoneum omentum mesentery mediastinum".split()
 )
+_OF_THE_NECK = frozenset("node nodes nodal lymph vertebra vertebrae vertebral spine rib ribs cord esophagus".split())
+_METASTASES = frozenset("metastasis metastases mets".split())
 _SIDES = {**dict.fromkeys(("left", "l", "lt"), "left"), **dict.fromkeys(("right", "r", "rt"), "right")}
 _LEVELS = {level: level for level in ("upper", "middle", "lower")}
 _PARTS = frozenset(  # words of an organ's name that a tumor's name may leave out
@@ -98,17 +110,21 @@ def infer_hosts(tumor_name: str, organ_names: Iterable[str]) -> tuple[str, ...]:
     """
     organs = [o for o in organ_names if not _VESSELS & set(_words(o))]
     matches = organs_named(tumor_name, organs)
-    if matches or _anatomy(tumor_name) & _KNOWN_ANATOMY:
+    if matches or _anatomy(_seat(tumor_name)) & _KNOWN_ANATOMY:
         return matches
     kinds = {frozenset(_anatomy(o)) for o in organs}
     return tuple(organs) if len(organs) == 1 or (len(kinds) == 1 and all(kinds)) else ()
 
 
 def organs_named(name: str, organ_names: Iterable[str]) -> tuple[str, ...]:
-    """The organs, vessels aside, whose anatomy stands in the name: of "kidney" both kidneys."""
-    words = _anatomy(name)
+    """The organs, vessels aside, whose anatomy stands in the name: of "kidney" both kidneys.
+
+    Of a metastasis those that it sits in, not the one that it came from.
+    """
+    seat = _seat(name)
+    words = _anatomy(seat)
     organs = (o for o in organ_names if not _VESSELS & set(_words(o)))
-    return tuple(o for o in organs if _anatomy(o) and _anatomy(o) <= words and _agree(name, o))
+    return tuple(o for o in organs if _anatomy(o) and _anatomy(o) <= words and _agree(seat, o))
 
 
 def is_lateral(name: str) -> bool:
@@ -153,9 +169,7 @@ def host_words(name: str) -> str:
 def kind_of_tumor(name: str) -> str:
     """ "cyst", "nodule", "metastasis", "mass" or "lesion" where the name says so, else "tumor"."""
     words = set(name_key(name))
-    kinds = {"metastases": "metastasis", **{k: k for k in ("cyst", "nodule", "metastasis", "mass", "lesion")}}
-    kinds["masse"] = "mass"  # the singular that `name_key` makes of "masses"
-    return next((kind for word, kind in kinds.items() if word in words), "tumor")
+    return next((kind for kind in ("cyst", "nodule", "metastasis", "mass", "lesion") if kind in words), "tumor")
 
 
 def is_generic_tumor(name: str) -> bool:
@@ -175,6 +189,12 @@ def key_without_number(name: str) -> tuple[str, ...]:
 
 
 def _singular(word: str) -> str:
+    if word.endswith("omas") and word not in _NOT_OMA:
+        return word[:-1]
+    if word.endswith(("sses", "shes", "ches", "xes")):
+        return word[:-2]
+    if word == "mets" or word.endswith("stases"):
+        return "metastasis" if word == "mets" else f"{word[:-2]}is"
     ends = ("ss", "us", "is", "as", "os")
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(ends) else word
 
@@ -184,25 +204,66 @@ def _words(name: str) -> list[str]:
 
     "leftlivertumor01" holds "left", "liver", "tumor" and "1".
     """
-    found = re.findall(r"[^\W_]+", normalize_name(name).replace("gall bladder", "gallbladder"))
+    joined = normalize_name(name).replace("gall bladder", "gallbladder")
+    found = re.findall(r"[^\W_]+", re.sub(r"\blarge (?:bowels?|intestines?)\b", "colon", joined))
     words = (word for numbered in found for word in _NUMBERED.sub(r"\1 \2", numbered).split())
     parts = (part for word in words for part in _GLUED.sub(r"\1 \2", word).split())
-    return [piece for part in parts for piece in _GLUED_SIDE.sub(r"\1\3 \2\4", part).split()]
+    pieces = [piece for part in parts for piece in _GLUED_SIDE.sub(r"\1\3 \2\4", part).split()]
+    return [piece.lstrip("0") or "0" if piece.isdigit() else piece for piece in pieces]
 
 
 def _has_tumor_word(name: str) -> bool:
-    return any(w in _TUMOR_WORDS or (_OMA.match(w) is not None and w not in _NOT_OMA) for w in _words(name))
+    words = _words(name)
+    is_named = any(w in _TUMOR_WORDS or (_OMA.match(w) is not None and w not in _NOT_OMA) for w in words)
+    return is_named or _TUMOR_PHRASE.search(" ".join(words)) is not None
+
+
+def _seat(name: str) -> str:
+    """The part of a metastasis' name that says where it sits: of "colorectal liver metastases" "liver metastases", of
+    "lung metastasis of colon cancer" "lung metastasis". All of any other name, and of one that says it in other ways.
+    """
+    words = _words(name)
+    end = next((i for i, word in enumerate(words) if word in _METASTASES), 0)
+    parts: list[list[str]] = [[]]  # between "and" and "or"
+    for word in words[:end]:
+        if word in ("and", "or"):
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    if not any(map(_last_organ, parts)):
+        return name
+    kept = (_last_organ(part) or [word for word in part if word in _SIDES] for part in parts)
+    return " ".join([*(word for part in kept for word in part), words[end]])
+
+
+def _last_organ(words: list[str]) -> list[str]:
+    """From the last organ of a name on, with the words that go before it and are no other organ's ("lymph node")."""
+    is_organ = [_is_organ(word, words) for word in words]
+    if True not in is_organ:
+        return []
+    last = len(words) - 1 - is_organ[::-1].index(True)
+    first = last
+    while first and not is_organ[first - 1] and not _has_tumor_word(words[first - 1]):
+        first -= 1
+    return words[first:]
 
 
 def _anatomy(name: str) -> set[str]:
     """The anatomical words of a name: neither side, level, part, number nor word for a tumor."""
     found: set[str] = set()
-    for word in _words(name):
-        if word in _ANATOMY:
+    words = _words(name)
+    for word in words:
+        if _is_organ(word, words) and word in _ANATOMY:
             found.update(_ANATOMY[word])
         elif not (word in _SIDES or word in _LEVELS or word in _PARTS or _has_tumor_word(word) or word.isdigit()):
             found.add(word)
     return found or {_USUAL_ANATOMY[word] for word in _words(name) if word in _USUAL_ANATOMY}
+
+
+def _is_organ(word: str, words: Iterable[str]) -> bool:
+    """Whether a word of a name is a known organ; "cervical" beside a lymph node or a vertebra is not the cervix."""
+    is_of_the_neck = word == "cervical" and bool(_OF_THE_NECK & {*words})
+    return (word in _ANATOMY or word in _KNOWN_ANATOMY) and not is_of_the_neck
 
 
 def _agree(a: str, b: str) -> bool:

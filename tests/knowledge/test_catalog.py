@@ -7,7 +7,7 @@ import pytest
 from tests.knowledge.dataset_label_names import DATASETS, TOTALSEGMENTATOR
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import Catalog, Entry, catalog, read_catalog, read_entries
-from zept_nnunet.names import infer_is_tumor, name_key
+from zept_nnunet.names import infer_hosts, infer_is_tumor, name_key
 from zept_nnunet.public_datasets import dataset_labels
 
 ORGAN = """
@@ -69,9 +69,30 @@ def test_no_class_without_a_whole_description_and_each_tumor_cites_a_source() ->
 
 
 def test_tumors_and_organs_are_called_so_by_the_rules_for_names() -> None:
-    """What the package calls a tumor, the taxonomy must not take for an organ."""
-    wrong = [e.name for e in catalog() if e.kind == "organ" and infer_is_tumor(e.name)]
-    assert wrong == []
+    """What the package calls a tumor, the taxonomy must not take for an organ, and the other way round."""
+    names = [(name, e.kind) for e in catalog() for name in (e.name, *e.synonyms)]
+    assert [name for name, kind in names if infer_is_tumor(name) != (kind == "tumor")] == []
+
+
+def test_each_tumor_is_found_in_the_plural_too() -> None:
+    plurals = {"oma": "omas", "mass": "masses", "metastasis": "metastases", "abscess": "abscesses"}
+    singular = [n for e in catalog() if e.kind == "tumor" for n in (e.name, *e.synonyms) if n.endswith(tuple(plurals))]
+    assert len(singular) > 100
+    for name in singular:
+        ending = next(end for end in plurals if name.endswith(end))
+        assert catalog().find(name.removesuffix(ending) + plurals[ending]) is catalog().find(name), name
+
+
+def test_a_metastasis_of_the_catalog_sits_where_its_entry_says() -> None:
+    """Of each name, with its hosts and other organs labeled, no other organ is taken for a host."""
+    organs = [
+        e.name for e in catalog() if e.kind == "organ" and e.name in ("liver", "lung", "colon", "rectum", "brain")
+    ]
+    for entry in catalog():
+        for name in (entry.name, *entry.synonyms):
+            if entry.kind == "tumor" and "metasta" in name:
+                labeled = list(dict.fromkeys([*entry.hosts, *organs]))
+                assert set(infer_hosts(name, labeled)) <= set(entry.hosts), name
 
 
 def test_dataset_tables_point_at_entries() -> None:
@@ -95,6 +116,12 @@ def test_dataset_tables_point_at_entries() -> None:
         ("oncocytoma", "renal oncocytoma"),
         ("AML", "renal angiomyolipoma"),
         ("livertumor01", "liver tumor"),
+        ("liver hemangiomas", "hepatic hemangioma"),
+        ("renal masses", "kidney tumor"),
+        ("HGG", "glioma"),
+        ("rib_left_01", "left rib 1"),
+        ("large bowel", "colon"),
+        ("soft tissue mass", None),  # most are benign, and no entry describes them all
         ("RAG", "right adrenal gland"),
         ("lad", None),  # a coronary artery elsewhere: dataset_labels.yaml
         ("flux capacitor", None),
@@ -125,8 +152,8 @@ def test_a_tumor_without_a_name_of_its_own_is_found_by_its_host(
 
 def test_key_of_a_name() -> None:
     assert name_key("Left_Upper-Lobe") == name_key("upper lobe L") == ("left", "lobe", "upper")
-    assert name_key("metastasis") != name_key("metastases") and name_key("pancreas") == ("pancreas",)
-    assert name_key("rib_left_1") != name_key("rib_left_10")
+    assert name_key("metastasis") == name_key("metastases") and name_key("pancreas") == ("pancreas",)
+    assert name_key("rib_left_1") == name_key("left_rib_01") != name_key("rib_left_10")
 
 
 def test_nearest_names() -> None:
