@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -29,13 +30,17 @@ IN_FIGURE = {
 """Parts of the network, and the alignment, by the words of the figure."""
 
 
+def table(section: str) -> list[list[str]]:
+    """Rows of the table that stands under a heading, before the next one; without its head."""
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    lines = page.split(f"\n## {section}\n")[1].split("\n#")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")][2:]
+
+
 def parts() -> dict[str, tuple[list[str], list[str]]]:
     """Part → its files and its settings, from the table."""
-    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    table = page.split("## Parts")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table.splitlines() if row.startswith("|")]
     names = re.compile(r"`([^`]+)`")
-    return {row[0]: (names.findall(row[-2]), names.findall(row[-1])) for row in rows[2:]}
+    return {row[0]: (names.findall(row[-2]), names.findall(row[-1])) for row in table("Parts")}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +59,18 @@ def test_files_and_settings_of_the_table_are_there() -> None:
     for files, named in found.values():
         assert files and all((ROOT / "zept_nnunet" / name).is_file() for name in files)
         assert settings.issuperset(named)
+
+
+def test_the_table_of_settings_holds_each_with_its_defaults() -> None:
+    defaults = {"decoder": DECODER_SETTINGS, "training": TRAINING_SETTINGS}
+    wanted = [
+        [block, *(f"`{text}`" for text in (name, json.dumps(ours), json.dumps(settings["paper"][name])))]
+        for block, settings in defaults.items()
+        for name, ours in settings["zept"].items()
+    ]
+    rows = table("Settings")
+    assert sorted(row[:4] for row in rows) == sorted(wanted)
+    assert all(len(row) == 5 and row[4] for row in rows)
 
 
 def test_the_figure_names_every_part_of_the_network(script: ModuleType) -> None:
