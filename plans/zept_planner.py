@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
+from zept_nnunet.network.relative import KEPT_PER_VOXEL, ORGANS_PER_CHUNK, VOXELS_AT_ONCE, pooling_of
 from zept_nnunet.plans_block import build_block
 from zept_nnunet.taxonomy import Taxonomy
 
@@ -26,9 +28,12 @@ class ZePTPlanner(ExperimentPlanner):
     tokens, keys and values at the scales where queries look at the image. Everything else is nnU-Net's default.
 
     `settings`: of the decoder or the training, where a preset's differ from the defaults.
+    `for_cpu`: on a CPU the relative head crops each organ to where it is, and what it keeps is not counted.
     """
 
     settings: Mapping[str, Any] = MappingProxyType({})
+    for_cpu = False
+    _pooled = 1  # voxels of the configuration that is being planned, that the relative head makes one of
 
     def __init__(
         self,
@@ -51,6 +56,12 @@ class ZePTPlanner(ExperimentPlanner):
             self.dataset_json, source=f"{self.raw_dataset_folder}/dataset.json", settings=self.settings
         )
 
+    def get_plans_for_configuration(self, spacing: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """nnU-Net's; remembers how the relative head pools voxels of this spacing."""
+        self._pooled = math.prod(pooling_of([float(s) for s in spacing]))
+        planned: dict[str, Any] = super().get_plans_for_configuration(spacing, *args, **kwargs)
+        return planned
+
     # upstream's is static, and called through the instance
     def static_estimate_VRAM_usage(
         self,
@@ -65,8 +76,9 @@ class ZePTPlanner(ExperimentPlanner):
         u_net = ExperimentPlanner.static_estimate_VRAM_usage(
             patch_size, input_channels, 1, arch_class_name, arch_kwargs, arch_kwargs_req_import
         )
+        pooled = None if self.for_cpu else self._pooled
         return int(u_net) + query_feature_map_size(
-            patch_size, arch_kwargs["strides"], Taxonomy.from_dict(self.block["taxonomy"]), self.block
+            patch_size, arch_kwargs["strides"], Taxonomy.from_dict(self.block["taxonomy"]), self.block, pooled
         )
 
     def save_plans(self, plans: dict[str, Any]) -> None:
@@ -76,7 +88,11 @@ class ZePTPlanner(ExperimentPlanner):
 
 
 def query_feature_map_size(
-    patch_size: tuple[int, ...], strides: list[Any], taxonomy: Taxonomy, block: dict[str, Any]
+    patch_size: tuple[int, ...],
+    strides: list[Any],
+    taxonomy: Taxonomy,
+    block: dict[str, Any],
+    pooled: int | None = None,
 ) -> int:
     """Elements of the query path's feature maps for one sample, in the unit of `compute_conv_feature_map_size`.
 
@@ -85,6 +101,7 @@ def query_feature_map_size(
         strides: of the encoder's stages, each an int or one per axis.
         taxonomy: gives Q organ and U tumor queries.
         block: the plans' `zept` block; its decoder settings, and the organs that have a query for abnormal tissue.
+        pooled: voxels that the relative head makes one of; None: its own are not counted.
     """
     decoder = block["decoder"]
     num_organs, num_tumors = len(taxonomy.organs), len(taxonomy.tumors)
@@ -93,12 +110,15 @@ def query_feature_map_size(
     maps = (2 * num_organs + num_tumors + len(block["anomalies"])) * sum(voxels)
     if decoder["relative"]:
         maps += num_organs * voxels[-1]  # the deviation from the organ, at the finest scale
+    kept = 0
+    if decoder["relative"] and pooled is not None:
+        at_once = min(min(num_organs, ORGANS_PER_CHUNK) * voxels[-1] // pooled, VOXELS_AT_ONCE)
+        kept += at_once * KEPT_PER_VOXEL
 
     grouped = voxels[: max(1, min(decoder["grouping_scales"], len(voxels) - 1))]
     layers = [0] * len(grouped)
     for i in range(decoder["advanced_layers"]):
         layers[i % len(grouped)] += 1
-    kept = 0
     for n, advanced in zip(grouped, layers, strict=True):
         tokens = 2  # before and after their norm
         tokens += 4  # grouping: keys and values of its attention, and of the assignment

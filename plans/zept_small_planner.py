@@ -22,6 +22,7 @@ class ZePTSmallPlanner(ZePTPlanner):
     For comparisons that must run many trainings (benchmarks/), not for accuracy.
     """
 
+    for_cpu = True
     settings = MappingProxyType({"width": 64, "heads": 4, "learning_rate": 4e-3})
 
     def __init__(

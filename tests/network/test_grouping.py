@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from zept_nnunet.network.grouping import GroupingBlock, assign
@@ -45,3 +46,18 @@ def test_block_equals_loops_over_voxels_and_queries() -> None:
             grouped = block.to_out(sums[i] / (counts[i] + 1)) + attended[b, i]
             want = grouped + block.feed_forward(grouped)
             assert torch.allclose(got[b, i], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_constant_patch_of_the_size_that_a_gpu_takes_is_finite_under_autocast(dtype: torch.dtype) -> None:
+    """All 32³ tokens belong to one query: their sum is beyond what float16 holds."""
+    torch.manual_seed(0)
+    block = GroupingBlock(16, 2).eval()
+    q, x = torch.randn(1, 3, 16), torch.randn(1, 1, 16).expand(-1, 32**3, -1)
+    with torch.autocast("cpu", dtype=dtype):
+        got = block(q, 4 * x)
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got.float(), block(q, 4 * x), rtol=0.1, atol=0.1)
+    got.float().square().mean().backward()
+    gradients = [p.grad for p in block.parameters() if p.grad is not None]
+    assert gradients and all(torch.isfinite(g).all() for g in gradients)

@@ -62,7 +62,7 @@ def make(
     return network
 
 
-def kept_bytes(network: ZePT, run: Callable[[], object]) -> int:
+def kept_bytes(network: torch.nn.Module, run: Callable[[], object]) -> int:
     """Storages that `run` saves for the backward pass, each once, without parameters and buffers."""
     own = {p.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}

@@ -8,9 +8,11 @@ import torch
 
 from tests.network import reference
 from tests.network.reference import array
+from tests.network.test_memory import kept_bytes
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.network.pooling import mean_of_neighbors
 from zept_nnunet.network.relative import (
+    KEPT_PER_VOXEL,
     RelativeFeatures,
     RelativeHead,
     boxes_of,
@@ -197,6 +199,25 @@ def test_permuting_organs_permutes_the_outputs_and_chunks_change_nothing() -> No
         grads.update({n: p.grad.clone() for n, p in head.named_parameters()})
     for name, grad in whole.items():
         torch.testing.assert_close(chunked[name], grad, msg=name)
+
+
+@pytest.mark.parametrize("at_once", [10**9, 1])
+def test_where_the_patch_is_large_an_organ_keeps_next_to_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of voxels that are not pooled, a whole patch of which would else be kept for each organ and channel."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # in chunks, as on a GPU
+    head = RelativeHead(RelativeFeatures(4, 4, pooling=1))
+    head.voxels_at_once = at_once
+    size = (16, 16, 16)
+
+    def kept(organs: int) -> int:
+        x, f, u = torch.randn(1, 1, *size), torch.randn(1, 4, *size), torch.full((1, organs, *size), FAR)
+        return kept_bytes(head, lambda: head(x, f, u))
+
+    per_organ = (kept(8) - kept(2)) / (4 * 6 * 16**3)
+    if at_once > 1:
+        assert per_organ == pytest.approx(KEPT_PER_VOXEL, rel=0.02)
+    else:
+        assert per_organ < 3
 
 
 @pytest.mark.parametrize("pooling", [1, 2])

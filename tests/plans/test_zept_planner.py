@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.small_plans import DATASET_JSON, make_plans
 from zept_nnunet.commands import plan as command
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.losses import ZePTLoss
+from zept_nnunet.network.relative import KEPT_PER_VOXEL, ORGANS_PER_CHUNK, VOXELS_AT_ONCE, pooling_of
 from zept_nnunet.network.zept import ZePT
 from zept_nnunet.plans.zept_planner import ZePTPlanner, decoder_voxels, query_feature_map_size
 from zept_nnunet.plans_block import build_block, read_block
@@ -69,6 +71,16 @@ def test_feature_map_size_by_hand() -> None:
     block = {"decoder": {**decoder, "relative": True}, "anomalies": {"abnormal spleen": "spleen"}}
     expected += 2 * (4 + 16 + 64 + 3 * 64)
     assert query_feature_map_size((8, 8), [1, 2, 2, 2], taxonomy, block) == int(expected)
+    expected += 3 * (64 // 4) * KEPT_PER_VOXEL / 2.5
+    assert query_feature_map_size((8, 8), [1, 2, 2, 2], taxonomy, block, pooled=4) == int(expected)
+
+
+def test_the_relative_head_of_a_large_patch_is_counted_as_what_goes_through_at_once() -> None:
+    block = build_block(many_classes(20, 0))
+    taxonomy, patch, strides = Taxonomy.from_dict(block["taxonomy"]), (160, 160, 160), [1, 2, 2, 2]
+    sizes = [query_feature_map_size(patch, strides, taxonomy, block, pooled) for pooled in (None, 8, 1)]
+    assert sizes[1] - sizes[0] == pytest.approx(VOXELS_AT_ONCE * KEPT_PER_VOXEL / 2.5, abs=1)
+    assert sizes[2] == sizes[1]
 
 
 @pytest.mark.parametrize(("num_organs", "num_tumors"), [(4, 2), (20, 8)])
@@ -104,7 +116,9 @@ def test_estimate_is_near_what_autograd_keeps(num_organs: int, num_tumors: int) 
         annotated = torch.ones(1, num_organs + num_tumors, dtype=torch.bool)
         _ = loss(output, [make_targets(m, taxonomy) for m in maps], annotated)
     measured = kept.bytes / bytes_per_element
-    estimate = counted + query_feature_map_size(patch, kwargs["strides"], taxonomy, block)
+    # of many organs the head's activations are computed again, and autograd keeps none
+    pooled = math.prod(pooling_of(configuration["spacing"])) if num_organs <= ORGANS_PER_CHUNK else None
+    estimate = counted + query_feature_map_size(patch, kwargs["strides"], taxonomy, block, pooled)
     assert 0.85 < estimate / measured < 1.25
 
 
@@ -158,7 +172,9 @@ def test_query_decoder_takes_its_share_of_the_budget(dataset: Path) -> None:
         assert sizes[1] > 0.3 * sizes[0]
         planned = ours["configurations"][configuration]
         architecture = planned["architecture"]
-        estimate = ZePTPlanner(DATASET_ID).static_estimate_VRAM_usage(
+        planner = ZePTPlanner(DATASET_ID)
+        planner._pooled = math.prod(pooling_of(planned["spacing"]))
+        estimate = planner.static_estimate_VRAM_usage(
             planned["patch_size"],
             1,
             33,

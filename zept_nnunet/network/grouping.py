@@ -50,7 +50,9 @@ class GroupingBlock(nn.Module):
         scores = (self.to_q(q) @ self.to_k.weight) @ x.transpose(1, 2) / q.shape[-1] ** 0.5  # (B, N, V)
         assignment = assign(scores, self.temperature, noisy=self.training)
         # G = W_o[Σ_j Â W_v x / (Σ_j Â + 1)] + q
-        voxels = assignment.sum(-1, keepdim=True)
-        gathered = (assignment @ x @ self.to_v.weight.T + voxels * self.to_v.bias) / (voxels + 1)
+        with torch.autocast(x.device.type, enabled=False):  # float16 cannot hold the sum of 30,000 tokens
+            assignment, w, b = assignment.float(), self.to_v.weight.float(), self.to_v.bias.float()
+            voxels = assignment.sum(-1, keepdim=True)
+            gathered = (assignment @ x.float() @ w.T + voxels * b) / (voxels + 1)
         grouped = self.to_out(gathered) + q
         return grouped + self.feed_forward(grouped)

@@ -23,6 +23,7 @@ Letters as in `backbone.py`; K channels of R, `*` the input's grid, `/` the pool
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +46,11 @@ _MAD_TO_SD = 1.4826
 _EPS = 1e-6
 _SMOOTHINGS = (0, 1, 3)  # passes of a 3-voxel box on the pooled grid
 _REACH = max(_SMOOTHINGS)  # pooled voxels around an organ that the head's logits in it depend on
+KEPT_PER_VOXEL = 132
+"""Numbers that the head keeps for the backward pass, per organ and pooled voxel; tests/network/test_relative.py."""
+ORGANS_PER_CHUNK = 8
+VOXELS_AT_ONCE = 2**20
+"""Pooled voxels of a batch, of all organs that go through the head together: they keep about 0.5 GB."""
 
 
 def weighted_samples(weights: Tensor, count: int = NUM_SAMPLES) -> Tensor:
@@ -220,15 +226,16 @@ class RelativeFeatures(nn.Module):
 class RelativeHead(nn.Module):
     """One anomaly logit per organ and voxel, by the same weights for every organ; 0 where the organ is not.
 
-    On a GPU, and compiled, organs go through in chunks, and with more than one chunk their activations are computed
-    again in the backward pass: memory grows with `organs_per_chunk`, not with Q. On a CPU each organ of each case goes
-    through by itself, cropped to where it is; the logits are the same.
+    On a GPU, and compiled, organs go through in chunks of at most `organs_per_chunk`, fewer where the patch is large
+    (`voxels_at_once`), and with more than one chunk their activations are computed again in the backward pass: memory
+    does not grow with Q. On a CPU each organ of each case goes through by itself, cropped to where it is; the logits
+    are the same.
     """
 
-    def __init__(self, features: RelativeFeatures, width: int = 16, organs_per_chunk: int = 8):
+    def __init__(self, features: RelativeFeatures, width: int = 16, organs_per_chunk: int = ORGANS_PER_CHUNK):
         super().__init__()
         self.features = features
-        self.organs_per_chunk = organs_per_chunk
+        self.organs_per_chunk, self.voxels_at_once = organs_per_chunk, VOXELS_AT_ONCE
         # No norm over the patch: it would make the logit depend on what else the patch shows. What lies around a voxel
         # comes from means: 3 × 3 × 3 convolutions on voxels that are not pooled cost more than the rest of the network.
         self.of_voxel = nn.Sequential(nn.Linear(features.num_features, width), nn.LeakyReLU(0.01))
@@ -248,7 +255,9 @@ class RelativeHead(nn.Module):
         return F.interpolate(logits, support.shape[2:], mode="trilinear" if support.ndim == 5 else "bilinear")
 
     def _chunked(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None) -> Tensor:
-        organs, size, logits = inside.shape[1], self.organs_per_chunk, []
+        organs, logits = inside.shape[1], []
+        voxels = inside.shape[0] * math.prod(inside.shape[2:])
+        size = max(1, min(self.organs_per_chunk, self.voxels_at_once // voxels))
         for start in range(0, organs, size):
             chunk = slice(start, start + size)
             q = None if queries is None else queries[:, chunk]
@@ -315,20 +324,28 @@ def build_relative_head(
     noise: float | Sequence[float],
     query_width: int | None = None,
 ) -> RelativeHead:
-    """The head as the models have it: voxels pooled by 2, but not along thick slices, and not coarse ones.
+    """The head as the models have it.
 
     Args:
         spacing: of the patch's 2 or 3 axes.
         feature_channels, image_channels, noise, query_width: see `RelativeFeatures`.
     """
-    is_thick = [s > _THICK * min(spacing) for s in spacing]
     features = RelativeFeatures(
         _PROJECTED,
         feature_channels,
         image_channels,
         noise=noise,
         query_width=query_width,
-        pooling=tuple(1 if thick or s >= _COARSE else 2 for thick, s in zip(is_thick, spacing, strict=True)),
-        smoothing=tuple(1 if thick else 3 for thick in is_thick),
+        pooling=pooling_of(spacing),
+        smoothing=tuple(1 if thick else 3 for thick in _is_thick(spacing)),
     )
     return RelativeHead(features)
+
+
+def pooling_of(spacing: Sequence[float]) -> tuple[int, ...]:
+    """Voxels that become one, per axis: 2, but not along thick slices, and not of coarse voxels."""
+    return tuple(1 if thick or s >= _COARSE else 2 for thick, s in zip(_is_thick(spacing), spacing, strict=True))
+
+
+def _is_thick(spacing: Sequence[float]) -> list[bool]:
+    return [s > _THICK * min(spacing) for s in spacing]
