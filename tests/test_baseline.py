@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import TINY
 from tests.small_ct import write_demo_dataset
+from tests.small_plans import DATASET_JSON
 from zept_nnunet.commands import baseline
 from zept_nnunet.commands.baseline import RECIPES, RECORD
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.plans_block import build_block
+from zept_nnunet.taxonomy import Taxonomy
 
 FULLRES = {"architecture": {}}
 CONFIGURATIONS = {"3d_fullres": FULLRES, "next": {**FULLRES, "previous_stage": "3d_fullres"}}
@@ -105,3 +110,20 @@ def test_plans_are_compared_without_their_names() -> None:
     assert baseline._comparable(ours, "P") == baseline._comparable(theirs, "P_from1")
     theirs["configurations"]["c"]["batch"] = 3
     assert baseline._comparable(ours, "P") != baseline._comparable(theirs, "P_from1")
+
+
+def test_the_published_method_gets_the_size_and_the_optimizer_of_the_plans_and_a_block_of_its_own(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "dataset.json").write_text(json.dumps({**DATASET_JSON, "labels": {"background": 0, "liver": 1}}))
+    block = build_block(deepcopy(DATASET_JSON), settings={"width": 32, "learning_rate": 4e-3, "prompts": "organs"})
+    plans = {"plans_name": "P", "zept": block}
+    for name, gets_one in (("zept_paper", True), ("any_tumor", False)):
+        runner = SimpleNamespace(recipe=baseline.RECIPES[name])
+        got = baseline.Runner._with_own_block(runner, dict(plans), tmp_path)  # type: ignore[arg-type]
+        assert got["plans_name"] == "P" and ("zept" in got) == gets_one
+        if gets_one:
+            own = got["zept"]
+            assert (own["decoder"]["width"], own["training"]["learning_rate"]) == (32, 4e-3)
+            assert own["decoder"]["prompts"] != "organs"  # a part of the method, not of the plans
+            assert [c.name for c in Taxonomy.from_dict(own["taxonomy"]).classes] == ["liver"]

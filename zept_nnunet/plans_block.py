@@ -70,7 +70,13 @@ _TRAINING = {
 TRAINING_SETTINGS: dict[str, dict[str, Any]] = {
     # stage_one_share: of the training, before tumors enter
     "zept": {**_TRAINING, "stage_one_share": 0.2, "synthetic_anomalies": True, "organs_include_tumors": False},
-    "paper": {**_TRAINING, "stage_one_share": 0.5, "synthetic_anomalies": False, "organs_include_tumors": True},
+    "paper": {
+        **_TRAINING,
+        "alignment": 1.0,  # of theirs nobody has measured another weight
+        "stage_one_share": 0.5,
+        "synthetic_anomalies": False,
+        "organs_include_tumors": True,
+    },
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "queries": ("generated", "learned"),
@@ -117,6 +123,16 @@ def build_block(
         "decoder": decoder,
         "training": training,
         "anomalies": anomalies,
+    }
+
+
+def shared_settings(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a block that are of the plans, not of the method: those with one default for all variants."""
+    return {
+        name: block[part][name]
+        for part, defaults in (("decoder", DECODER_SETTINGS), ("training", TRAINING_SETTINGS))
+        for name in block[part]
+        if len({str(settings[name]) for settings in defaults.values()}) == 1
     }
 
 

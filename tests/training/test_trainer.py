@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,9 @@ from tests.nnunet_folders import make_nnunet_folders
 from tests.small_plans import DATASET_JSON, make_network, make_plans
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.losses import TERMS
+from zept_nnunet.losses.alignment import TEMPERATURE_BOUNDS
 from zept_nnunet.network.zept import ZePTOutput
-from zept_nnunet.plans_block import build_block
+from zept_nnunet.plans_block import DECODER_SETTINGS, TRAINING_SETTINGS, build_block
 from zept_nnunet.training.anomalies import InsertAnomalies
 from zept_nnunet.training.targets import Targets, make_targets
 from zept_nnunet.training.trainer import ZePTTrainer
@@ -195,6 +197,34 @@ def test_gradients_are_clipped_to_the_norm_of_the_settings(results: Path) -> Non
 def test_paper_trainer_gets_the_papers_decoder(results: Path) -> None:
     decoder = make_trainer(ZePTTrainerPaper).plans_manager.plans["zept"]["decoder"]
     assert (decoder["queries"], decoder["score"]) == ("learned", "minmax")
+
+
+def test_another_variants_trainer_keeps_the_size_and_the_optimizer_of_the_plans(results: Path) -> None:
+    """What both variants have in common is of the plans: or the comparison would be one of two learning rates."""
+    of_plans = {"width": 64, "heads": 4, "learning_rate": 4e-3, "weight_decay": 0.5}
+    own = {"prompt_probability": 0.3, "alignment": 0.02, "stage_one_share": 0.7}
+    block = with_settings(ZePTTrainerPaper, **of_plans, **own).plans_manager.plans["zept"]
+    settings = block["decoder"] | block["training"]
+    assert {name: settings[name] for name in of_plans} == of_plans
+    papers = DECODER_SETTINGS["paper"] | TRAINING_SETTINGS["paper"]
+    assert {name: value for name, value in settings.items() if name not in of_plans} == {
+        name: value for name, value in papers.items() if name not in of_plans
+    }
+
+
+@pytest.mark.parametrize("start", [1e-4, 30.0])
+def test_a_temperature_beyond_its_bounds_comes_back(results: Path, start: float) -> None:
+    trainer = two_trainers()[0]
+    trainer.current_epoch, temperature = trainer.num_epochs - 1, trainer._zept().log_temperature
+    with torch.no_grad():
+        temperature.fill_(math.log(start))
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+    trainer.train_step(make_batch(trainer))
+    low, high = TEMPERATURE_BOUNDS
+    assert low < temperature.exp().item() < high
+    trainer.optimizer.zero_grad(set_to_none=True)
+    forward(trainer, make_batch(trainer))[1].backward()
+    assert temperature.grad is not None and temperature.grad.item() != 0
 
 
 def transform_arguments(trainer: ZePTTrainer) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -270,7 +270,7 @@ class Runner:
         if not path.is_file():
             move = ("nnUNetv2_move_plans_between_datasets", "-s", self.source.name, "-t", folder.name)
             self._step("the same plans", (*move, "-sp", self.args.p, "-tp", plans_name))
-            _write(path, {k: v for k, v in _read(path).items() if k != "zept"})  # it describes the source's classes
+            _write(path, self._with_own_block(_read(path), folder))
         if _comparable(_read(path), plans_name) != planned:
             raise ZePTError(
                 f"{path} is not {self.args.p} of {self.source.name} any more: one of them was planned anew. Remove "
@@ -279,6 +279,16 @@ class Runner:
         if not self._is_preprocessed(target, folder, _read(path)):
             how = ("-plans_name", plans_name, "-c", self.args.c, "-np", str(self.args.np))
             self._step("preprocess", ("nnUNetv2_preprocess", "-d", str(int(folder.name[7:10])), *how))
+
+    def _with_own_block(self, plans: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The source's block describes its classes. A ZePT gets one of its own, with the same size and optimizer."""
+        from zept_nnunet.plans_block import build_block, shared_settings
+
+        block = plans.pop("zept", None)
+        if block is not None and self.recipe.data == "declared":
+            path = folder / "dataset.json"
+            plans["zept"] = build_block(_read(path), source=str(path), settings=shared_settings(block))
+        return plans
 
     def _share_split(self, source: Path, target: Path) -> None:
         """Without a split file nnU-Net makes one from the case names, the same for both."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,6 +78,13 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     """
     with torch.autocast(a.device.type, enabled=False):
         return a @ b.transpose(1, 2)
+
+
+@torch.no_grad()
+def bound_temperature(log_temperature: Tensor) -> None:
+    """After an optimizer's step: keep the temperature within its bounds, where it has a gradient that can lead back."""
+    low, high = (math.log(bound) for bound in TEMPERATURE_BOUNDS)
+    log_temperature.clamp_(low + 1e-3, high - 1e-3)
 
 
 def _bounded(temperature: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch._dynamo import OptimizedModule
 
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.losses import TERMS, ZePTLoss
+from zept_nnunet.losses.alignment import bound_temperature
 from zept_nnunet.network.backbone import check_wrappable
 from zept_nnunet.network.heads import keep_to_annotated, to_channels
 from zept_nnunet.network.zept import ZePT, ZePTOutput
@@ -33,6 +34,7 @@ from zept_nnunet.plans_block import (
     differences,
     own_parts,
     read_block,
+    shared_settings,
     unlabeled_organs,
 )
 from zept_nnunet.taxonomy import Taxonomy, annotated_patterns
@@ -95,8 +97,8 @@ class ZePTTrainer(KeepsSides):
                     "plan again: zept plan -d ID"
                 )
             check_planned_texts(block, dataset_json, f"{name}.json", f"zept plan -d {plans['dataset_name']}")
-            if cls.variant != "zept":  # another variant's trainer takes its own settings
-                decoder, training, anomalies = own_parts(dataset_json, cls.variant, source)
+            if cls.variant != "zept":  # another variant's trainer takes its own settings, in a network of that size
+                decoder, training, anomalies = own_parts(dataset_json, cls.variant, source, shared_settings(block))
                 block = {**block, "decoder": decoder, "training": training, "anomalies": anomalies}
         if nnUNet_results.is_set():
             folder = join(nnUNet_results, plans["dataset_name"], f"{cls.__name__}__{name}__{configuration}")
@@ -314,6 +316,7 @@ class ZePTTrainer(KeepsSides):
             loss.backward()
             self._clip_and_freeze()
             self.optimizer.step()
+        bound_temperature(self._zept().log_temperature)
         return {"loss": loss.detach().cpu().numpy(), **{term: value.cpu().numpy() for term, value in terms.items()}}
 
     def _clip_and_freeze(self) -> None:
