@@ -23,6 +23,7 @@ def make_trainer(
     block: dict[str, Any] | None = None,
     labels: dict[str, int] | None = None,
     trainer: type[ZePTTrainer] = ZePTTrainer,
+    device: torch.device = CPU,
 ) -> ZePTTrainer:
     """A trainer whose query path has left its starting point, with the same weights each time.
 
@@ -37,7 +38,7 @@ def make_trainer(
     preprocessed.mkdir(parents=True, exist_ok=True)
     (preprocessed / "a.b2nd").touch()  # nnU-Net tells the file format by the names
     configuration = next(iter(plans["configurations"]))
-    made = trainer(plans, configuration, 0, {**DATASET_JSON, "labels": labels}, CPU)
+    made = trainer(plans, configuration, 0, {**DATASET_JSON, "labels": labels}, device)
     torch.manual_seed(0)
     made.initialize()
     randomize(made._zept())
