@@ -362,6 +362,8 @@ def test_like_takes_a_built_in_description(model: Path) -> None:
     ("request_", "message"),
     [
         (TumorRequest("odd growth", ("liver",), like="liver metastasys"), "did you mean 'liver metastasis'"),
+        (TumorRequest("odd growth", like="liver metastasys"), "did you mean 'liver metastasis'"),
+        (TumorRequest("odd growth", like="liver"), "that is the organ 'liver'"),
         (TumorRequest("odd growth", ("liver",), "dark", like="HCC"), "give one of both"),
         (TumorRequest("odd growth", ("liver",), "dark " * 20_000), "20000 words"),
         (TumorRequest("odd growth", ("liver",), "unscharf begrenzte Raumforderung in der Milz"), "wanted English"),
