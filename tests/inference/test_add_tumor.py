@@ -248,6 +248,23 @@ def test_bad_outputs(model: Path, tmp_path: Path) -> None:
         add_tumors(renamed, [PANCREAS])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is no valid JSON"),
+        (b'{"labels": "M\xfcller"}', "is no valid JSON.*UTF-8"),
+        (b"[]", "holds list where"),
+        (b"7", "holds int where"),
+        (b"null", "holds NoneType where"),
+    ],
+)
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json"])
+def test_json_files_that_cannot_be_read(model: Path, name: str, content: bytes, message: str) -> None:
+    (model / name).write_bytes(content)
+    with pytest.raises(ZePTError, match=f"{model / name} {message}.*restore"):
+        add_tumors(model, [PANCREAS])
+
+
 def test_folders_that_are_no_zept_model(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ZePTError, match="not a model folder"):
         add_tumors(tmp_path / "nowhere", [PANCREAS])

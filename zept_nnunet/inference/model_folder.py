@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a model folder.
 
     Raises:
-        ZePTError: it is missing or no JSON.
+        ZePTError: it is missing or no JSON object.
     """
     if not path.is_file():
         raise ZePTError(
@@ -41,9 +41,11 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return content
-    except json.JSONDecodeError as error:
-        raise ZePTError(f"{path} is no valid JSON ({error}); restore the file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ZePTError(f"{path} is no valid JSON in UTF-8 ({error}); restore the file") from error
+    if not isinstance(content, dict):
+        raise ZePTError(f"{path} holds {type(content).__name__} where nnU-Net writes an object; restore the file")
+    return content
 
 
 def dump_like(path: Path, content: Mapping[str, Any]) -> str:
