@@ -17,6 +17,11 @@ def write_whole(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that is there; where that is no folder, nothing can be written below."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
 def stamp(path: Path) -> tuple[int, int]:
     """What changes with a file's content, though nothing is read: its size in bytes and the time in ns of its change.
 

@@ -248,6 +248,20 @@ def test_bad_outputs(model: Path, tmp_path: Path) -> None:
         add_tumors(renamed, [PANCREAS])
 
 
+@pytest.mark.parametrize("below", ["x", "deep/x"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_output_below_a_file(model: Path, capsys: pytest.CaptureFixture[str], below: str, count: int) -> None:
+    models = [model, second_model(model)][:count]
+    file = model.parent / "file"
+    file.touch()
+    before = sorted(model.parent.rglob("*"))
+    argv = ["add-tumor", *map(str, models), "--name", "pancreas tumor", "-o", str(file / below)]
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert f"the output {file / below}" in error and f"{file} is no folder" in error and "-o" in error
+    assert sorted(model.parent.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

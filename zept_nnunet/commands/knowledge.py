@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.files import nearest_existing
 
 
 def register(subparsers: Any) -> None:
@@ -163,7 +164,7 @@ def run_encode(args: argparse.Namespace) -> int:
 
     if args.o.suffix != ".safetensors":
         raise ZePTError(f"-o {args.o}: the file's name must end in .safetensors")
-    if args.o.is_dir() or not (parent := next(p for p in args.o.absolute().parents if p.exists())).is_dir():
+    if args.o.is_dir() or not (parent := nearest_existing(args.o.absolute().parent)).is_dir():
         raise ZePTError(f"-o {args.o}: a file cannot be written there ({args.o if args.o.is_dir() else parent})")
     texts: dict[str, Description] = {text: Description(text, "name") for text in built_in_texts()}
     if args.d is not None:

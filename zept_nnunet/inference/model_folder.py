@@ -20,6 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from zept_nnunet import plans_block
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.files import nearest_existing
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
 _FOLD_FILES = ("debug.json", "progress.png", "network_architecture.pdf", "validation/summary.json")
@@ -73,7 +74,8 @@ def output(
         if_there: what to do where the folder exists.
 
     Raises:
-        ZePTError: the folder exists, or it and the model lie inside each other, or no name can be derived.
+        ZePTError: the folder exists or lies below a file, or it and the model lie inside each other, or no name can be
+            derived.
     """
     plans_name = str(plans.get("plans_name", "nnUNetPlans"))
     here = source.resolve()
@@ -99,6 +101,8 @@ def output(
         )
     if os.path.lexists(target):
         raise ZePTError(f"the output {target} exists already; {if_there}")
+    if not (there := nearest_existing(target.parent)).is_dir():
+        raise ZePTError(f"the output {target} cannot be written: {there} is no folder; give another with -o")
     return target, plans_name
 
 
