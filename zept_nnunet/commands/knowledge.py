@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.files import nearest_existing
+from zept_nnunet.files import nearest_existing, new_files
 
 
 def register(subparsers: Any) -> None:
@@ -200,6 +200,8 @@ def run_retrieve(args: argparse.Namespace) -> int:
     from zept_nnunet.plans_block import read_block
     from zept_nnunet.taxonomy import Taxonomy
 
+    if not (there := nearest_existing(args.o)).is_dir():
+        raise ZePTError(f"-o {args.o}: {there} is no folder; give another")
     block = read_block(read_json(args.m / "plans.json"), str(args.m / "plans.json"))
     taxonomy = Taxonomy.from_dict(block["taxonomy"])
     bank = KnowledgeBank.from_dict(block["knowledge"])
@@ -226,10 +228,10 @@ def run_retrieve(args: argparse.Namespace) -> int:
         retrieval_table(swapped(cases), candidates, unseen),
         retrieval_table(list(embedder.blank()), candidates, unseen, keep_missing=True),
     )
-    args.o.mkdir(parents=True, exist_ok=True)
-    table.to_csv(args.o / "retrieval.csv", index=False)
-    summary.to_csv(args.o / "summary.csv", float_format="%.4f")
-    plot_embeddings(cases, own, unseen, args.o / "embeddings.png")
+    with new_files(args.o, ("retrieval.csv", "summary.csv", "embeddings.png")) as scratch:
+        table.to_csv(scratch / "retrieval.csv", index=False)
+        summary.to_csv(scratch / "summary.csv", float_format="%.4f")
+        plot_embeddings(cases, own, unseen, scratch / "embeddings.png")
     print(summary.round(3).to_string())
     print(textwrap.fill(CONTROLS, 110))
     print(f"written: {args.o}")

@@ -10,8 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from zept_nnunet import plans_block
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.files import nearest_existing
+from zept_nnunet.files import nearest_existing, new_parents, written_as
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
 _FOLD_FILES = ("debug.json", "progress.png", "network_architecture.pdf", "validation/summary.json")
@@ -178,31 +177,6 @@ def refuse_cascade(source: Path, plans: Mapping[str, Any], configuration: str) -
         "label, so a new label does not fit its weights. Add the tumor to a 3d_fullres, 3d_lowres or 2d model instead, "
         "and keep feeding this cascade with the predictions of the 3d_lowres model as it was trained"
     )
-
-
-@contextmanager
-def new_parents(folder: Path) -> Iterator[None]:
-    """After an error the folder and its parents are removed again, those that were not there before and are empty."""
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            for made in missing:
-                if made.exists():
-                    made.rmdir()
-        raise
-
-
-@contextmanager
-def written_as(target: Path, scratch: Path) -> Iterator[None]:
-    """An error of the system names the file below `target` that could not be written, not a scratch or source file."""
-    try:
-        yield
-    except OSError as error:
-        name = str(error.filename2 or error.filename or target)
-        error.filename, error.filename2 = name.replace(str(scratch), str(target)), None
-        raise
 
 
 def write_model(
