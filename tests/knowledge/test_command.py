@@ -39,6 +39,13 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tumor  clear cell renal cell carcinoma  [kidney]" in out and "hepato" not in out
 
 
+@pytest.mark.parametrize("host", ["liver tumor", "HCC", "nowhere", "tumor"])
+def test_list_of_a_host_that_is_no_organ(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["knowledge", "list", "--host", host]) == 1
+    out, error = capsys.readouterr()
+    assert out == "" and f"--host {host!r}: no described organ" in error and "--kind organ" in error
+
+
 def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["knowledge", "show", "cancer", "--host", "liver"]) == 0
     out = capsys.readouterr().out

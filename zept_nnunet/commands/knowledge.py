@@ -74,7 +74,7 @@ def run_list(args: argparse.Namespace) -> int:
     from zept_nnunet.knowledge.catalog import catalog
 
     entries = catalog()
-    host = None if args.host is None else entries.find(args.host)
+    host = None if args.host is None else entries.find(args.host, kind="organ")
     if args.host is not None and host is None:
         raise ZePTError(f"--host {args.host!r}: no described organ of that name; zept knowledge list --kind organ")
     for entry in sorted(entries, key=lambda e: (e.kind, e.name)):
