@@ -104,6 +104,35 @@ def test_encode_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.safetensors", "file"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--text", "a dark mass", "--text", "..."], "--text: a description needs at least one word"),
+        (["--encoder", "bert", "--text", "..."], "--text: a description needs at least one word"),
+        (["--text", "unscharf begrenzte Raumforderung in der Milz"], "--text: wanted English"),
+        (["-d", "999"], "dataset.json: the description of 'spleen': wanted English"),
+        (["-d", "999", "--encoder", "bert"], "dataset.json: the description of 'liver_tumor': a description of 20000"),
+    ],
+)
+def test_encode_checks_every_text_before_it_encodes_one(
+    argv: list[str],
+    message: str,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def too_late(*_: object) -> None:
+        raise AssertionError("a text is encoded")
+
+    monkeypatch.setattr("zept_nnunet.knowledge.source.encode", too_late)
+    texts = {"liver_tumor": "dark " * 20_000} if "--encoder" in argv else {"spleen": "dunkle Masse der Milz"}
+    (dataset / "dataset.json").write_text(json.dumps(DATASET_JSON | {"zept": {"knowledge": texts}}))
+    argv = [str(save_small_bert(tmp_path / "bert")) if word == "bert" else word for word in argv]
+    assert main(["knowledge", "encode", *argv, "-o", str(tmp_path / "v.safetensors")]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_dataset_whose_organs_nothing_describes(
     capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path
 ) -> None:

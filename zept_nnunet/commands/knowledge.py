@@ -157,7 +157,7 @@ def run_encode(args: argparse.Namespace) -> int:
     from zept_nnunet.commands.taxonomy import find_dataset_json, read_dataset_json
     from zept_nnunet.knowledge.dataset import class_texts
     from zept_nnunet.knowledge.encoders import HuggingFaceEncoder, TextEncoder
-    from zept_nnunet.knowledge.source import encode, english_encoder
+    from zept_nnunet.knowledge.source import check_text, encode, english_encoder, said_of
     from zept_nnunet.knowledge.texts import Description, built_in_texts, describe_abnormal
     from zept_nnunet.knowledge.vectors import write_vectors
     from zept_nnunet.taxonomy import Taxonomy
@@ -166,16 +166,20 @@ def run_encode(args: argparse.Namespace) -> int:
         raise ZePTError(f"-o {args.o}: the file's name must end in .safetensors")
     if args.o.is_dir() or not (parent := nearest_existing(args.o.absolute().parent)).is_dir():
         raise ZePTError(f"-o {args.o}: a file cannot be written there ({args.o if args.o.is_dir() else parent})")
-    texts: dict[str, Description] = {text: Description(text, "name") for text in built_in_texts()}
+    given = [("a built-in description", Description(text, "name")) for text in built_in_texts()]
     if args.d is not None:
         path = find_dataset_json(args.d)
         dataset_json = read_dataset_json(path)
         taxonomy = Taxonomy.from_dataset_json(dataset_json, str(path))
-        found = [*class_texts(dataset_json, str(path)).values()]
+        found = [*class_texts(dataset_json, str(path)).items()]
         # whichever of them gets such a query
-        found += [describe_abnormal(taxonomy.reading(organ.name)) for organ in taxonomy.organs]
-        texts |= {d.text: d for d in found}
-    texts |= {text: Description(text, "own") for text in args.text}
+        found += [(f"abnormal {o.name}", describe_abnormal(taxonomy.reading(o.name))) for o in taxonomy.organs]
+        given += [(f"{path}: the description of {name!r}", description) for name, description in found]
+    given += [("--text", Description(text, "own")) for text in args.text]
+    for where, description in given:  # before the first of them is encoded, which may take long
+        with said_of(where):
+            check_text(description, is_english=args.encoder is None)
+    texts = {description.text: description for _, description in given}
     encoder: TextEncoder = english_encoder() if args.encoder is None else HuggingFaceEncoder(args.encoder)
     assert encoder.revision  # loads it, before the progress bar
     vectors = np.stack([encode(encoder, d) for d in tqdm(texts.values(), desc="encode", unit="text")])
