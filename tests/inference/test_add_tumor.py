@@ -25,6 +25,8 @@ from zept_nnunet.commands import add_tumor as command
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors, declared_requests
 from zept_nnunet.inference.unchanged import check_unchanged
+from zept_nnunet.knowledge import KnowledgeSource
+from zept_nnunet.knowledge.vectors import read_vectors
 from zept_nnunet.taxonomy import Taxonomy
 
 PANCREAS = TumorRequest("pancreas tumor", ("pancreas",))
@@ -440,6 +442,11 @@ def test_a_model_on_vectors_of_ones_own_takes_a_file_with_one_more(tmp_path: Pat
     save_file(vectors | {"pancreas tumor": rng.normal(size=8).astype(np.float32)}, tmp_path / "more.safetensors")
     assert main(argv) == 0
     shutil.rmtree(model.parent / "ZePTTrainer__nnUNetPlans_plus__3d_fullres")
+    save_file(vectors | {"liver cyst": vectors["liver_tumor"]}, tmp_path / "twin.safetensors")
+    message = r"'liver_tumor' and 'liver cyst' have the same vector in .*twin.safetensors: nothing tells them apart"
+    with pytest.raises(ZePTError, match=message):
+        source = KnowledgeSource(read_vectors(tmp_path / "twin.safetensors"))
+        add_tumors(model, [TumorRequest("liver cyst")], knowledge=source)
     others = {n: v[::-1].copy() for n, v in vectors.items()} | {"pancreas tumor": vectors["liver"]}
     save_file(others, tmp_path / "more.safetensors")  # not the model's
     assert main(argv) == 1

@@ -14,6 +14,7 @@ import yaml
 from tests.knowledge.small_bert import save_small_bert
 from tests.small_plans import DATASET_JSON
 from zept_nnunet.cli import main
+from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog, descriptions_folder
 from zept_nnunet.knowledge.vectors import read_vectors
 from zept_nnunet.plans_block import build_block
@@ -189,3 +190,65 @@ def test_vectors_of_ones_own(tmp_path: Path) -> None:
         build_block(dataset_json)
     save_file({n: rng.normal(size=8).astype(np.float32) for n in [*names, "abnormal pancreas"]}, path)
     assert build_block(dataset_json)["knowledge"]["width"] == 8
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_twin"),
+    [
+        ("liver_tumor", "liver cyst", True),  # two tumors of one host
+        ("liver", "spleen", True),
+        ("liver", "liver_tumor", True),
+        ("spleen", "liver_tumor", True),
+        ("liver_tumor", "spleen_tumor", False),  # of two hosts
+    ],
+)
+@pytest.mark.parametrize("factor", [1, 2])
+def test_classes_of_one_place_with_the_same_vector(
+    first: str,
+    second: str,
+    is_twin: bool,
+    factor: int,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from safetensors.numpy import save_file
+
+    labels = DATASET_JSON["labels"] | {"liver cyst": 6}
+    rng = np.random.default_rng(0)
+    vectors = {n: rng.normal(size=8).astype(np.float32) for n in [*labels, "abnormal pancreas"] if n != "background"}
+    path = tmp_path / "mine.safetensors"
+    save_file(vectors | {second: factor * vectors[first]}, path)
+    dataset_json = DATASET_JSON | {"labels": labels, "zept": {"vectors": str(path)}}
+    (dataset / "dataset.json").write_text(json.dumps(dataset_json))
+    assert main(["knowledge", "check", "-d", "999"]) == int(is_twin)
+    message = f"{first!r} and {second!r} have the same vector in {path}: nothing tells them apart"
+    if is_twin:
+        assert message in capsys.readouterr().err
+        with pytest.raises(ZePTError, match=message):
+            build_block(dataset_json)
+    else:
+        assert len(build_block(dataset_json)["knowledge"]["vectors"]) == 7
+
+
+def test_an_unseen_tumor_with_the_vector_of_another(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    names = [*DATASET_JSON["labels"], "abnormal pancreas"]
+    vectors = {n: rng.normal(size=8).astype(np.float32) for n in names if n != "background"}
+    vectors["liver cyst"] = vectors["liver_tumor"].copy()
+    save_file(vectors, tmp_path / "mine.safetensors")
+    zept = {"vectors": str(tmp_path / "mine.safetensors"), "unseen": {"liver cyst": {"hosts": ["liver"]}}}
+    (dataset / "dataset.json").write_text(json.dumps(DATASET_JSON | {"zept": zept}))
+    assert main(["knowledge", "check", "-d", "999"]) == 1
+    assert "'liver_tumor' and 'liver cyst' have the same vector in" in capsys.readouterr().err
+
+
+def test_texts_that_the_encoder_reads_alike(dataset: Path) -> None:
+    texts = {"liver_tumor": "a dark mass", "liver cyst": "A dark mass"}
+    labels = DATASET_JSON["labels"] | {"liver cyst": 6}
+    with pytest.raises(ZePTError, match=r"'liver_tumor' and 'liver cyst' have the same description \(own\)"):
+        build_block(DATASET_JSON | {"labels": labels, "zept": {"knowledge": texts}})

@@ -135,7 +135,8 @@ def run_check(args: argparse.Namespace) -> int:
 def _check_dataset(dataset: str) -> int:
     from zept_nnunet.commands.taxonomy import find_dataset_json, read_dataset_json
     from zept_nnunet.knowledge.dataset import class_texts, declared_source
-    from zept_nnunet.plans_block import model_texts, own_parts
+    from zept_nnunet.plans_block import model_texts, own_parts, places_of
+    from zept_nnunet.taxonomy import Taxonomy, declared_unseen
 
     path = find_dataset_json(dataset)
     dataset_json = read_dataset_json(path)
@@ -144,7 +145,11 @@ def _check_dataset(dataset: str) -> int:
     for name, description in found.items():
         print(f"{name}: {description.origin}: {textwrap.shorten(description.text, 100, placeholder=' …')}")
     _, training, anomalies = own_parts(dataset_json, "zept", str(path))
-    source.vectors(found | model_texts(dataset_json, training, anomalies, str(path)))  # raises where one is missing
+    # raises where one is missing
+    vectors = source.vectors(found | model_texts(dataset_json, training, anomalies, str(path)))
+    places = places_of(Taxonomy.from_dataset_json(dataset_json, str(path)))
+    places |= {tumor.name: tumor.hosts for tumor in declared_unseen(dataset_json, str(path))}
+    source.refuse_twins(vectors, places, found)
     print(f"\nevery class has a vector, by {source.name} (revision {source.revision})")
     return 0
 

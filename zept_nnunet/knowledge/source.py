@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib import resources
@@ -14,7 +14,7 @@ import numpy as np
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.encoders import INSTALL, EnglishEncoder, TextEncoder, check_length
 from zept_nnunet.knowledge.language import check_english, check_words
-from zept_nnunet.knowledge.texts import Description
+from zept_nnunet.knowledge.texts import Description, refuse_twin
 from zept_nnunet.knowledge.vectors import VectorFile, read_vectors
 from zept_nnunet.names import name_key
 
@@ -56,6 +56,33 @@ class KnowledgeSource:
         """Whether a class's vector is that of its text, and not one that the user brought by the class's name."""
         file = self.file
         return file is None or not file.holds_name(name, description.text, description.is_own)
+
+    def refuse_twins(
+        self,
+        vectors: Mapping[str, Sequence[float] | np.ndarray],
+        hosts: Mapping[str, Collection[str] | None],
+        descriptions: Mapping[str, Description],
+    ) -> None:
+        """Raise where a class of this source has the vector of a class of the same place that stands before it.
+
+        Args:
+            vectors: by class name.
+            hosts: of each class, in order; None of an organ, which no other class may be like.
+            descriptions: of the classes to look at.
+
+        Raises:
+            ZePTError: names the first two that nothing would tell apart.
+        """
+        found = {name: np.asarray(vectors[name], dtype=np.float64) for name in hosts}
+        for name, description in descriptions.items():
+            here = hosts[name]
+            file = None if self.file is None or self.reads_text(name, description) else self.file.path
+            for other, place in hosts.items():
+                if other == name:
+                    break
+                is_same_place = here is None or place is None or set(here) == set(place)
+                if is_same_place and np.abs(found[other] - found[name]).max() < _SAME:
+                    refuse_twin(name, other, description, file)
 
     def vectors(self, descriptions: Mapping[str, Description]) -> dict[str, np.ndarray]:
         """Per class name, its vector of unit length.
