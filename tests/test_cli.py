@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -71,6 +72,39 @@ def test_a_command_that_does_not_import_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cli, "COMMANDS", ("no_such_module",))
     with pytest.raises(ModuleNotFoundError):
         cli.build_parser()
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        ("ENOSPC", "Free some space, or choose another"),
+        ("EACCES", "Choose another"),
+        ("ENOTDIR", "Choose another"),
+        ("EEXIST", "Choose another"),
+        ("ENAMETOOLONG", "Choose another"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named(
+    number: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = getattr(errno, number)
+
+    def fail(_: object) -> int:
+        raise OSError(code, os.strerror(code), "out/file")
+
+    monkeypatch.setattr(importlib.import_module("zept_nnunet.commands.taxonomy"), "run", fail)
+    assert cli.main(["taxonomy", "-d", "7"]) == 1
+    wanted = f"zept taxonomy: {os.strerror(code)} (out/file); nothing is left half-written. {remedy} output folder\n"
+    assert capsys.readouterr().err == wanted
+
+
+def test_an_error_of_the_system_that_is_no_matter_of_writing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(importlib.import_module("zept_nnunet.commands.taxonomy"), "run", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main(["taxonomy", "-d", "7"])
 
 
 def test_the_entry_point_is_this_function() -> None:

@@ -30,7 +30,8 @@ COMMANDS = (
     "benchmark",
     "report",
 )
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_THERE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _RUN_WITH_ANY_NNUNET = ("doctor", "trainers-path")  # doctor reports the version with everything else
 
 
@@ -56,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"zept {args.command}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in (*_NO_SPACE, *_NOT_THERE):
             raise
         file = error.filename2 or error.filename  # of two it is the second that could not be written
         where = f" ({file})" if file else ""
+        remedy = "Free some space, or choose another" if error.errno in _NO_SPACE else "Choose another"
         print(
-            f"zept {args.command}: {error.strerror}{where}; nothing is left half-written. Free some space, or choose "
-            "another output folder",
+            f"zept {args.command}: {error.strerror}{where}; nothing is left half-written. {remedy} output folder",
             file=sys.stderr,
         )
         return 1

@@ -14,7 +14,7 @@ from zept_nnunet.knowledge import Description, KnowledgeBank, KnowledgeSource, b
 from zept_nnunet.knowledge.bank import PlannedText, planned_texts
 from zept_nnunet.knowledge.catalog import catalog
 from zept_nnunet.knowledge.dataset import class_texts, declared_source
-from zept_nnunet.knowledge.texts import describe_abnormal, describe_organ, describe_tumor, is_users, refuse_twin
+from zept_nnunet.knowledge.texts import describe_abnormal, describe_organ, describe_tumor, is_users
 from zept_nnunet.knowledge.vectors import text_key
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy
@@ -103,7 +103,8 @@ def build_block(
         settings: decoder or training settings that differ from the variant's.
 
     Raises:
-        ZePTError: the dataset's labels or its `zept` block cannot be understood, or a setting is unknown.
+        ZePTError: the dataset's labels or its `zept` block cannot be understood, a setting is unknown, or two classes
+            of one place have the same description or vector.
     """
     decoder, training, anomalies = own_parts(dataset_json, variant, source, settings)
     texts = model_texts(dataset_json, training, anomalies, source)
@@ -116,9 +117,13 @@ def build_block(
             "`zept knowledge encode`"
         )
     bank = KnowledgeBank.build(texts, knowledge)
+    taxonomy = Taxonomy.from_dataset_json(dict(dataset_json), source)
+    if training["descriptions"] == "own":  # exchanged texts may meet in one place
+        places = places_of(taxonomy)
+        knowledge.refuse_twins(bank.vectors, places, {name: texts[name] for name in places})
     return {
         "version": VERSION,
-        "taxonomy": Taxonomy.from_dataset_json(dict(dataset_json), source).to_dict(),
+        "taxonomy": taxonomy.to_dict(),
         "knowledge": bank.to_dict(),
         "decoder": decoder,
         "training": training,
@@ -283,6 +288,11 @@ def _fits(given: Any, planned: PlannedText | None) -> bool:
     return planned is not None and planned.key == text_key(str(given))
 
 
+def places_of(taxonomy: Taxonomy) -> dict[str, tuple[str, ...] | None]:
+    """Class name → the hosts of a tumor, None of an organ. Of two classes of one place the vectors must differ."""
+    return {o.name: None for o in taxonomy.organs} | {t.name: t.hosts for t in taxonomy.tumors}
+
+
 def unlabeled_organs(taxonomy: Taxonomy) -> tuple[str, ...]:
     """Organs whose tumors nobody labeled: training puts synthetic anomalies into them, each with a query of its own.
 
@@ -398,8 +408,9 @@ def add_tumor_to_block(
         source: of its vector; default: the package's vectors and encoder.
 
     Raises:
-        ZePTError: a tumor of the same hosts has the same description; the model's queries are learned per class, and
-            it has none for abnormal tissue in the hosts, or gave it to another tumor of theirs; or the name exists.
+        ZePTError: a tumor of the same hosts, or an organ, has the same description or vector; the model's queries are
+            learned per class, and it has none for abnormal tissue in the hosts, or gave it to another tumor of theirs;
+            or the name exists.
     """
     if block["decoder"]["queries"] == "learned" and (not hosts or {*hosts} - {*block["anomalies"].values()}):
         raise ZePTError(
@@ -408,8 +419,7 @@ def add_tumor_to_block(
         )
     taxonomy = Taxonomy.from_dict(block["taxonomy"]).with_tumor(name, label, hosts)
     *others, tumor = taxonomy.tumors
-    same_place = [t for t in others if set(t.hosts) == set(tumor.hosts)]
-    twin = next((t.name for t in same_place if t.added), None)
+    twin = next((t.name for t in others if t.added and set(t.hosts) == set(tumor.hosts)), None)
     if block["decoder"]["queries"] == "learned" and twin is not None:
         raise ZePTError(
             f"cannot add {name!r}: {twin!r} was added in the same host, and this model's queries are learned: both "
@@ -417,9 +427,9 @@ def add_tumor_to_block(
             "(zept remove-tumor), or train with queries that are generated from descriptions"
         )
     text = describe_tumor(name, hosts, description)
-    old = KnowledgeBank.from_dict(block["knowledge"])
-    bank = old.with_classes({name: text}, source or built_in())
-    refuse_twin(name, next((t.name for t in same_place if old.vectors[t.name] == bank.vectors[name]), None), text)
+    source = source or built_in()
+    bank = KnowledgeBank.from_dict(block["knowledge"]).with_classes({name: text}, source)
+    source.refuse_twins(bank.vectors, places_of(taxonomy), {name: text})
     return {
         **block,
         "taxonomy": taxonomy.to_dict(),

@@ -25,6 +25,8 @@ from zept_nnunet.commands import add_tumor as command
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors, declared_requests
 from zept_nnunet.inference.unchanged import check_unchanged
+from zept_nnunet.knowledge import KnowledgeSource
+from zept_nnunet.knowledge.vectors import read_vectors
 from zept_nnunet.taxonomy import Taxonomy
 
 PANCREAS = TumorRequest("pancreas tumor", ("pancreas",))
@@ -248,6 +250,37 @@ def test_bad_outputs(model: Path, tmp_path: Path) -> None:
         add_tumors(renamed, [PANCREAS])
 
 
+@pytest.mark.parametrize("below", ["x", "deep/x"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_output_below_a_file(model: Path, capsys: pytest.CaptureFixture[str], below: str, count: int) -> None:
+    models = [model, second_model(model)][:count]
+    file = model.parent / "file"
+    file.touch()
+    before = sorted(model.parent.rglob("*"))
+    argv = ["add-tumor", *map(str, models), "--name", "pancreas tumor", "-o", str(file / below)]
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert f"the output {file / below}" in error and f"{file} is no folder" in error and "-o" in error
+    assert sorted(model.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is no valid JSON"),
+        (b'{"labels": "M\xfcller"}', "is no valid JSON.*UTF-8"),
+        (b"[]", "holds list where"),
+        (b"7", "holds int where"),
+        (b"null", "holds NoneType where"),
+    ],
+)
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json"])
+def test_json_files_that_cannot_be_read(model: Path, name: str, content: bytes, message: str) -> None:
+    (model / name).write_bytes(content)
+    with pytest.raises(ZePTError, match=f"{model / name} {message}.*restore"):
+        add_tumors(model, [PANCREAS])
+
+
 def test_folders_that_are_no_zept_model(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ZePTError, match="not a model folder"):
         add_tumors(tmp_path / "nowhere", [PANCREAS])
@@ -362,6 +395,8 @@ def test_like_takes_a_built_in_description(model: Path) -> None:
     ("request_", "message"),
     [
         (TumorRequest("odd growth", ("liver",), like="liver metastasys"), "did you mean 'liver metastasis'"),
+        (TumorRequest("odd growth", like="liver metastasys"), "did you mean 'liver metastasis'"),
+        (TumorRequest("odd growth", like="liver"), "that is the organ 'liver'"),
         (TumorRequest("odd growth", ("liver",), "dark", like="HCC"), "give one of both"),
         (TumorRequest("odd growth", ("liver",), "dark " * 20_000), "20000 words"),
         (TumorRequest("odd growth", ("liver",), "unscharf begrenzte Raumforderung in der Milz"), "wanted English"),
@@ -407,6 +442,11 @@ def test_a_model_on_vectors_of_ones_own_takes_a_file_with_one_more(tmp_path: Pat
     save_file(vectors | {"pancreas tumor": rng.normal(size=8).astype(np.float32)}, tmp_path / "more.safetensors")
     assert main(argv) == 0
     shutil.rmtree(model.parent / "ZePTTrainer__nnUNetPlans_plus__3d_fullres")
+    save_file(vectors | {"liver cyst": vectors["liver_tumor"]}, tmp_path / "twin.safetensors")
+    message = r"'liver_tumor' and 'liver cyst' have the same vector in .*twin.safetensors: nothing tells them apart"
+    with pytest.raises(ZePTError, match=message):
+        source = KnowledgeSource(read_vectors(tmp_path / "twin.safetensors"))
+        add_tumors(model, [TumorRequest("liver cyst")], knowledge=source)
     others = {n: v[::-1].copy() for n, v in vectors.items()} | {"pancreas tumor": vectors["liver"]}
     save_file(others, tmp_path / "more.safetensors")  # not the model's
     assert main(argv) == 1

@@ -11,6 +11,7 @@ import torch
 
 import zept_nnunet.trainers
 from tests.inference.model_folder import make_model_folder
+from tests.inference.test_add_tumor import disk_of
 from tests.small_plans import make_network
 from zept_nnunet.cli import main
 from zept_nnunet.errors import ZePTError
@@ -97,8 +98,7 @@ def test_blank_images(model: Path, finds_no_tumor: Path, tmp_path: Path) -> None
 
 
 def test_command(model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["knowledge", "retrieve", "-m", str(model), "-i", str(images), "-o", str(tmp_path / "out")]
-    assert main(argv) == 0
+    assert main(retrieve(model, images, tmp_path / "out")) == 0
     out = capsys.readouterr().out
     assert "(unseen classes)" in out and "swapped1" in out and "Blank images: patches" in out
     table = pd.read_csv(tmp_path / "out" / "retrieval.csv")
@@ -111,6 +111,68 @@ def test_command(model: Path, images: Path, tmp_path: Path, capsys: pytest.Captu
     of_all = summary.set_index(["candidates", "class"]).loc["model's classes"]
     assert of_all.loc["liver", "blank images"] == 5 and of_all.loc["(seen classes)", "blank images"] == 25
     assert of_all.loc["liver", ["chance1", "embeddings"]].tolist() == [pytest.approx(1 / 6, abs=1e-4), 2]
+
+
+def retrieve(model: Path, images: Path, out: Path) -> list[str]:
+    return ["knowledge", "retrieve", "-m", str(model), "-i", str(images), "-o", str(out)]
+
+
+@pytest.mark.parametrize("out", ["file", "file/out", "file/deep/out"])
+def test_an_output_that_is_no_folder_is_refused_before_any_scan(
+    out: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_late(*_: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("zept_nnunet.inference.embeddings.Embedder", too_late)
+    (tmp_path / "file").touch()
+    assert main(retrieve(model, tmp_path, tmp_path / out)) == 1
+    assert f"-o {tmp_path / out}: {tmp_path / 'file'} is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("failure", [512, 8192, "plot"])  # a full disk at the first table and at the plot; a bug
+def test_a_failure_leaves_the_folder_as_it_was(
+    failure: int | str,
+    is_there: bool,
+    model: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "new" / "out"
+    if is_there:
+        out.mkdir(parents=True)
+        for name in ("retrieval.csv", "summary.csv", "embeddings.png", "mine.txt"):
+            (out / name).write_text("old")
+    if isinstance(failure, int):
+        with disk_of(failure):
+            assert main(retrieve(model, images, out)) == 1
+        error = capsys.readouterr().err
+        assert f"File too large ({out}" in error and "nothing is left half-written" in error
+    else:
+
+        def fail(*_: object) -> None:
+            raise ValueError("no plot")
+
+        monkeypatch.setattr("zept_nnunet.evaluation.retrieval.plot_embeddings", fail)
+        with pytest.raises(ValueError, match="no plot"):
+            main(retrieve(model, images, out))
+    if is_there:
+        assert len(list(out.iterdir())) == 4 and {p.read_text() for p in out.iterdir()} == {"old"}
+    else:
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_replaces_what_the_first_wrote_and_nothing_else(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").write_text("old")
+    (tmp_path / "embeddings.png").write_text("old")  # this time too few classes are there to plot
+    monkeypatch.setattr("zept_nnunet.evaluation.retrieval.plot_embeddings", lambda *_: None)
+    assert main(retrieve(model, images, tmp_path)) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt", "retrieval.csv", "summary.csv"]
 
 
 def test_what_cannot_be_embedded(model: Path, tmp_path: Path) -> None:

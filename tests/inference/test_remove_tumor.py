@@ -67,6 +67,34 @@ def test_the_default_output_is_the_folder_without_plus(tmp_path: Path) -> None:
     assert json_files(model) == before
 
 
+@pytest.mark.parametrize("is_plus_there", [True, False])
+def test_the_default_output_after_two_additions(
+    tmp_path: Path, is_plus_there: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named as the trained model was, and not as the one between."""
+    model = make_model_folder(tmp_path, folds=(0,))
+    plus = add_tumors(model, [PANCREAS]).folder
+    both = add_tumors(plus, [TumorRequest("spleen cyst", ("spleen",))]).folder
+    before = json_files(model)
+    if not is_plus_there:
+        plus.rename(tmp_path / "plus")
+    argv = ["remove-tumor", str(both), "--name", "pancreas tumor", "--name", "spleen cyst"]
+    assert main(argv) == 1
+    assert f"the output {model} exists already; the model as it was trained" in capsys.readouterr().err
+    model.rename(tmp_path / "elsewhere")
+    assert main(argv) == 0
+    assert json_files(model) == before
+
+
+def test_the_default_output_of_plans_whose_own_name_ends_in_plus(tmp_path: Path) -> None:
+    made = make_model_folder(tmp_path, folds=(0,), plans_name="Own_plus")
+    model = made.rename(made.with_name("ZePTTrainer__Own_plus__3d_fullres"))
+    added, before = add_tumors(model, [PANCREAS]).folder, json_files(model)
+    model.rename(tmp_path / "elsewhere")
+    assert remove_tumors(added, ["pancreas tumor"]).folder == model
+    assert json_files(model) == before
+
+
 def test_copies_that_are_older_than_thresholds(tmp_path: Path) -> None:
     """Cross-validation, then zept calibrate: nnU-Net's copies of plans.json lack its thresholds."""
     model = make_model_folder(tmp_path, folds=(0,))

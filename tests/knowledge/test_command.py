@@ -14,6 +14,7 @@ import yaml
 from tests.knowledge.small_bert import save_small_bert
 from tests.small_plans import DATASET_JSON
 from zept_nnunet.cli import main
+from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog, descriptions_folder
 from zept_nnunet.knowledge.vectors import read_vectors
 from zept_nnunet.plans_block import build_block
@@ -37,6 +38,13 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["knowledge", "list", "--host", "Kidneys"]) == 0
     out = capsys.readouterr().out
     assert "tumor  clear cell renal cell carcinoma  [kidney]" in out and "hepato" not in out
+
+
+@pytest.mark.parametrize("host", ["liver tumor", "HCC", "nowhere", "tumor"])
+def test_list_of_a_host_that_is_no_organ(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["knowledge", "list", "--host", host]) == 1
+    out, error = capsys.readouterr()
+    assert out == "" and f"--host {host!r}: no described organ" in error and "--kind organ" in error
 
 
 def test_show(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +105,35 @@ def test_encode_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.safetensors", "file"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--text", "a dark mass", "--text", "..."], "--text: a description needs at least one word"),
+        (["--encoder", "bert", "--text", "..."], "--text: a description needs at least one word"),
+        (["--text", "unscharf begrenzte Raumforderung in der Milz"], "--text: wanted English"),
+        (["-d", "999"], "dataset.json: the description of 'spleen': wanted English"),
+        (["-d", "999", "--encoder", "bert"], "dataset.json: the description of 'liver_tumor': a description of 20000"),
+    ],
+)
+def test_encode_checks_every_text_before_it_encodes_one(
+    argv: list[str],
+    message: str,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def too_late(*_: object) -> None:
+        raise AssertionError("a text is encoded")
+
+    monkeypatch.setattr("zept_nnunet.knowledge.source.encode", too_late)
+    texts = {"liver_tumor": "dark " * 20_000} if "--encoder" in argv else {"spleen": "dunkle Masse der Milz"}
+    (dataset / "dataset.json").write_text(json.dumps(DATASET_JSON | {"zept": {"knowledge": texts}}))
+    argv = [str(save_small_bert(tmp_path / "bert")) if word == "bert" else word for word in argv]
+    assert main(["knowledge", "encode", *argv, "-o", str(tmp_path / "v.safetensors")]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_dataset_whose_organs_nothing_describes(
     capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path
 ) -> None:
@@ -153,3 +190,65 @@ def test_vectors_of_ones_own(tmp_path: Path) -> None:
         build_block(dataset_json)
     save_file({n: rng.normal(size=8).astype(np.float32) for n in [*names, "abnormal pancreas"]}, path)
     assert build_block(dataset_json)["knowledge"]["width"] == 8
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_twin"),
+    [
+        ("liver_tumor", "liver cyst", True),  # two tumors of one host
+        ("liver", "spleen", True),
+        ("liver", "liver_tumor", True),
+        ("spleen", "liver_tumor", True),
+        ("liver_tumor", "spleen_tumor", False),  # of two hosts
+    ],
+)
+@pytest.mark.parametrize("factor", [1, 2])
+def test_classes_of_one_place_with_the_same_vector(
+    first: str,
+    second: str,
+    is_twin: bool,
+    factor: int,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from safetensors.numpy import save_file
+
+    labels = DATASET_JSON["labels"] | {"liver cyst": 6}
+    rng = np.random.default_rng(0)
+    vectors = {n: rng.normal(size=8).astype(np.float32) for n in [*labels, "abnormal pancreas"] if n != "background"}
+    path = tmp_path / "mine.safetensors"
+    save_file(vectors | {second: factor * vectors[first]}, path)
+    dataset_json = DATASET_JSON | {"labels": labels, "zept": {"vectors": str(path)}}
+    (dataset / "dataset.json").write_text(json.dumps(dataset_json))
+    assert main(["knowledge", "check", "-d", "999"]) == int(is_twin)
+    message = f"{first!r} and {second!r} have the same vector in {path}: nothing tells them apart"
+    if is_twin:
+        assert message in capsys.readouterr().err
+        with pytest.raises(ZePTError, match=message):
+            build_block(dataset_json)
+    else:
+        assert len(build_block(dataset_json)["knowledge"]["vectors"]) == 7
+
+
+def test_an_unseen_tumor_with_the_vector_of_another(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    names = [*DATASET_JSON["labels"], "abnormal pancreas"]
+    vectors = {n: rng.normal(size=8).astype(np.float32) for n in names if n != "background"}
+    vectors["liver cyst"] = vectors["liver_tumor"].copy()
+    save_file(vectors, tmp_path / "mine.safetensors")
+    zept = {"vectors": str(tmp_path / "mine.safetensors"), "unseen": {"liver cyst": {"hosts": ["liver"]}}}
+    (dataset / "dataset.json").write_text(json.dumps(DATASET_JSON | {"zept": zept}))
+    assert main(["knowledge", "check", "-d", "999"]) == 1
+    assert "'liver_tumor' and 'liver cyst' have the same vector in" in capsys.readouterr().err
+
+
+def test_texts_that_the_encoder_reads_alike(dataset: Path) -> None:
+    texts = {"liver_tumor": "a dark mass", "liver cyst": "A dark mass"}
+    labels = DATASET_JSON["labels"] | {"liver cyst": 6}
+    with pytest.raises(ZePTError, match=r"'liver_tumor' and 'liver cyst' have the same description \(own\)"):
+        build_block(DATASET_JSON | {"labels": labels, "zept": {"knowledge": texts}})

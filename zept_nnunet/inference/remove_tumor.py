@@ -32,6 +32,13 @@ def remove_tumors(
 ) -> AddedTumors:
     """Write a model folder without the named tumors, which `add_tumors` had added. The old folder stays as it is.
 
+    Args:
+        model_folder: one that `add_tumors` has written.
+        names: of added tumors, in any spelling.
+        output_folder: any new folder; None: the sibling `TRAINER__PLANS_minus__CONFIGURATION`, or, where no added tumor
+            is left, the one with the plans' name from before any addition.
+        copy_checkpoints: copy the checkpoints even where they could be hard links.
+
     Returns:
         The new folder, and the added tumors that are left in it, with their labels: nnU-Net's plain labels leave no
         gaps, so those behind a removed one move up.
@@ -64,7 +71,8 @@ def remove_tumors(
         target, plans_name = output(source, output_folder, plans, lambda name: f"{name}_minus")
     else:
         stands = "the model as it was trained; give -o FOLDER for another copy of it"
-        target, plans_name = output(source, output_folder, plans, lambda name: name.removesuffix("_plus"), stands)
+        plans_name = before["plans_name"] or "nnUNetPlans"  # before any addition, however many there were
+        target, _ = output(source, output_folder, plans, lambda _: plans_name, stands)
     trained_folds = folds(source)
     configuration = check_checkpoints(source, trained_folds, block)
 
@@ -94,7 +102,6 @@ def remove_tumors(
         new_block["thresholds"] = thresholds
     if not kept:
         del new_block["added"], new_block["before"]
-        plans_name = before["plans_name"] if output_folder is not None else plans_name
     new_plans = {**plans, "plans_name": plans_name, "zept": new_block}
     old_labels = {t.name: t.label for t in kept}
     left = tuple((t.name, t.label, t.hosts) for t in new_taxonomy.tumors if t.added)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from zept_nnunet.datasets.raw_folder import new_dataset
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.files import new_parents, written_as
 from zept_nnunet.inference.add_tumor import AddedTumors
-from zept_nnunet.inference.model_folder import new_parents, read_json, update_copies, written_as
+from zept_nnunet.inference.model_folder import read_json, update_copies
 
 _PREFIX = "ensemble___"
 _FILES = ("postprocessing.pkl", "postprocessing.json", "summary.json")

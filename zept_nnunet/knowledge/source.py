@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.knowledge.encoders import INSTALL, EnglishEncoder, TextEncoder
-from zept_nnunet.knowledge.texts import Description
+from zept_nnunet.knowledge.encoders import INSTALL, EnglishEncoder, TextEncoder, check_length
+from zept_nnunet.knowledge.language import check_english, check_words
+from zept_nnunet.knowledge.texts import Description, refuse_twin
 from zept_nnunet.knowledge.vectors import VectorFile, read_vectors
 from zept_nnunet.names import name_key
 
 _SAME = 1e-4  # plans hold vectors with six decimals
+_SHOWN = 200  # characters of a text in a message
 
 
 class KnowledgeSource:
@@ -54,11 +57,39 @@ class KnowledgeSource:
         file = self.file
         return file is None or not file.holds_name(name, description.text, description.is_own)
 
+    def refuse_twins(
+        self,
+        vectors: Mapping[str, Sequence[float] | np.ndarray],
+        hosts: Mapping[str, Collection[str] | None],
+        descriptions: Mapping[str, Description],
+    ) -> None:
+        """Raise where a class of this source has the vector of a class of the same place that stands before it.
+
+        Args:
+            vectors: by class name.
+            hosts: of each class, in order; None of an organ, which no other class may be like.
+            descriptions: of the classes to look at.
+
+        Raises:
+            ZePTError: names the first two that nothing would tell apart.
+        """
+        found = {name: np.asarray(vectors[name], dtype=np.float64) for name in hosts}
+        for name, description in descriptions.items():
+            here = hosts[name]
+            file = None if self.file is None or self.reads_text(name, description) else self.file.path
+            for other, place in hosts.items():
+                if other == name:
+                    break
+                is_same_place = here is None or place is None or set(here) == set(place)
+                if is_same_place and np.abs(found[other] - found[name]).max() < _SAME:
+                    refuse_twin(name, other, description, file)
+
     def vectors(self, descriptions: Mapping[str, Description]) -> dict[str, np.ndarray]:
         """Per class name, its vector of unit length.
 
         Raises:
-            ZePTError: a class has no vector and its text cannot be encoded; the message says what to do.
+            ZePTError: a class has no vector and its text cannot be encoded; the message says what to do. A text of the
+                user's that no encoder would take is refused for that, whether or not there is an encoder.
         """
         found: dict[str, np.ndarray] = {}
         for name, d in descriptions.items():
@@ -67,19 +98,22 @@ class KnowledgeSource:
                 found[name] = vector
         missing = {name: d for name, d in descriptions.items() if name not in found}
         if missing:
+            is_english = self.revision == built_in().revision
+            for name, description in missing.items():
+                if description.is_own:
+                    with said_of(f"the description of {name!r}"):
+                        check_text(description, is_english)
             encoder = self._checked_encoder(missing)
             for name, description in missing.items():
-                try:
+                with said_of(f"the description of {name!r}"):
                     found[name] = encode(encoder, description)
-                except ZePTError as error:
-                    raise ZePTError(f"the description of {name!r}: {error}") from error
         return {name: found[name] for name in descriptions}
 
     def _checked_encoder(self, missing: Mapping[str, Description]) -> TextEncoder:
         own = [name for name, d in missing.items() if d.is_own]
         edited = [f"{name!r} ({d.entry!r})" for name, d in missing.items() if d.entry is not None]
         what = f"no vector for the text of {[*missing]}" + (f" (described by you: {own})" if own else "")
-        texts = " ".join(f"--text {shlex.quote(d.text)}" for d in missing.values())
+        texts = " ".join(f"--text {shlex.quote(_shortened(d.text))}" for d in missing.values())
         if self._make_encoder is None:
             assert self.file is not None
             if self.file.is_own:
@@ -121,6 +155,37 @@ def encode(encoder: TextEncoder, description: Description) -> np.ndarray:
     if isinstance(encoder, EnglishEncoder) and not description.is_own:
         return encoder.encode_names([description.text])[0]
     return encoder.encode([description.text])[0]
+
+
+def check_text(description: Description, is_english: bool) -> None:
+    """Refuse what `encode` would refuse. Nothing is encoded for it, and no encoder needs to be installed.
+
+    Args:
+        is_english: the encoder is the built-in one.
+
+    Raises:
+        ZePTError: the text is empty or overlong; or it is not English, as far as this can be told without py3langid
+            where that is not installed.
+    """
+    check_length(description.text)
+    if is_english:
+        check_english(description.text)
+        if description.is_own:
+            check_words(description.text)
+
+
+@contextmanager
+def said_of(what: str) -> Iterator[None]:
+    """An error says what it is about."""
+    try:
+        yield
+    except ZePTError as error:
+        raise ZePTError(f"{what}: {error}") from error
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def built_in_path() -> Path:

@@ -106,12 +106,20 @@ def describe_all(taxonomy: Taxonomy, own: Mapping[str, str | Description]) -> di
     return found
 
 
-def refuse_twin(name: str, other: str | None, description: Description) -> None:
-    """Raise where another class has the same description.
+def refuse_twin(name: str, other: str | None, description: Description, file: str | None = None) -> None:
+    """Raise where another class has the same description, or the same vector.
+
+    Args:
+        file: of vectors, where that of `name` belongs to the class's name, and not to its description.
 
     Raises:
         ZePTError: `other` is not None.
     """
+    if other is not None and file is not None:
+        raise ZePTError(
+            f"{other!r} and {name!r} have the same vector in {file}: nothing tells them apart. Give one of them "
+            "another tensor there"
+        )
     if other is not None:
         raise ZePTError(
             f"{other!r} and {name!r} have the same description ({description.origin}): nothing tells them apart. "

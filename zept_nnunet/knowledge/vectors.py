@@ -92,7 +92,9 @@ def read_vectors(path: Path) -> VectorFile:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {key: np.asarray(file.get_tensor(key), dtype=np.float32) for key in file.keys()}  # noqa: SIM118
+            given = {key: np.asarray(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+        with np.errstate(over="ignore"):  # for the checksum only: what is used is of unit length
+            tensors = {key: v.astype(np.float32) for key, v in given.items()}
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ZePTError(f"{path} is no readable safetensors file ({error}); {remedy}") from error
     if "sha256" in metadata and metadata["sha256"] != _checksum(tensors, metadata):
@@ -103,7 +105,8 @@ def read_vectors(path: Path) -> VectorFile:
     shapes = {v.shape for v in tensors.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise ZePTError(f"{path}: wanted one vector of the same width a class, found shapes {sorted(shapes)}; {remedy}")
-    wrong = [key for key, v in tensors.items() if not np.isfinite(v).all() or not v.any()]
+    unit = {key: _unit(v) for key, v in given.items()}
+    wrong = [key for key, v in unit.items() if not v.size or not np.isfinite(v).all()]
     if wrong:
         raise ZePTError(f"{path}: the vectors of {wrong[:5]} are not finite or all zeros; {remedy}")
     named = [key for key in tensors if not key.startswith(_BY_TEXT)]
@@ -111,7 +114,6 @@ def read_vectors(path: Path) -> VectorFile:
     twice = sorted(name for name, key in zip(named, keys, strict=True) if keys.count(key) > 1)
     if twice:
         raise ZePTError(f"{path}: {twice} are spellings of one class; keep one of them")
-    unit = {key: v / np.linalg.norm(v) for key, v in tensors.items()}
     return VectorFile(
         str(path),
         metadata.get("encoder", path.stem),
@@ -120,6 +122,17 @@ def read_vectors(path: Path) -> VectorFile:
         {key: v for key, v in unit.items() if key.startswith(_BY_TEXT)},
         {name_key(key): v for key, v in unit.items() if not key.startswith(_BY_TEXT)},
     )
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    """The vector (E) at unit length, float32; NaN where it has no direction: all zeros, or something is not finite."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        single, double = vector.astype(np.float32), vector.astype(np.float64)
+        norm = np.linalg.norm(single)
+        if 1e-15 < norm < 1e15:  # the squares fit, and plans keep the decimals that they have always had
+            return np.asarray(single / norm)
+        scaled = double / np.abs(double).max(initial=0.0)
+        return np.asarray(scaled / np.linalg.norm(scaled), dtype=np.float32)
 
 
 def _checksum(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
