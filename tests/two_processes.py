@@ -19,8 +19,10 @@ def in_two_processes(function: Callable[..., Any], folder: Path, *arguments: Any
     """What `function(rank, *arguments)` returns in each of them; an error in one fails the test.
 
     Args:
-        folder: an empty one, through which the processes find each other.
+        folder: for that through which the processes find each other.
     """
+    folder = folder / "group"
+    folder.mkdir()
     mp.spawn(_process, (function, str(folder), arguments), nprocs=2)
     return [torch.load(folder / f"returned_{rank}.pt", weights_only=False) for rank in range(2)]
 
