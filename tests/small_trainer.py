@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.network.narrow import TWO_KIDNEYS, narrow_block, randomize
 from tests.nnunet_folders import make_nnunet_folders
@@ -27,6 +29,8 @@ def make_trainer(
 ) -> ZePTTrainer:
     """A trainer whose query path has left its starting point, with the same weights each time.
 
+    In a process of a DDP training it is one of these, but on the CPU.
+
     Args:
         block: the plans' `zept` block; a narrow one of these labels by default.
         labels: of the dataset; two kidneys among them by default.
@@ -39,6 +43,9 @@ def make_trainer(
     (preprocessed / "a.b2nd").touch()  # nnU-Net tells the file format by the names
     configuration = next(iter(plans["configurations"]))
     made = trainer(plans, configuration, 0, {**DATASET_JSON, "labels": labels}, device)
+    if made.is_ddp:  # nnU-Net takes CUDA for granted here
+        made.device, made.grad_scaler = CPU, None
+        monkeypatch.setattr(nnunet_module, "DDP", lambda network, device_ids: DistributedDataParallel(network))
     torch.manual_seed(0)
     made.initialize()
     randomize(made._zept())

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tests.commands import Workspace
+from tests.two_processes import in_two_processes
 
 pytestmark = pytest.mark.slow
 
 
-def _train(rank: int, port: int, preprocessed: str, stage: int, out: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _train(rank: int, preprocessed: str, stage: int) -> dict[str, Any]:
     from tests.trainers.zept_test_trainers import ZePTTrainerTest
 
     plans = json.loads(Path(preprocessed, "nnUNetPlans.json").read_text()) | {"continue_training": False}
@@ -53,9 +48,7 @@ def _train(rank: int, port: int, preprocessed: str, stage: int, out: str) -> Non
     advanced = {id(p) for p in network.stage_two_parameters()}
     moved = {n for n, p in network.named_parameters() if not torch.equal(p, before[n])}
     frozen = {n for n, p in network.named_parameters() if id(p) in advanced}
-    torch.save({"state": network.state_dict(), "moved": moved, "frozen": frozen}, f"{out}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return {"state": network.state_dict(), "moved": moved, "frozen": frozen}
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -65,11 +58,7 @@ def test_two_processes_take_steps_and_agree(
     for name, value in workspace.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_train, (port, str(workspace.preprocessed / planned.name), stage, str(tmp_path)), nprocs=2)
-    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    a, b = in_two_processes(_train, tmp_path, str(workspace.preprocessed / planned.name), stage)
     for key, value in a["state"].items():
         assert torch.equal(value, b["state"][key]), key
     assert a["moved"]

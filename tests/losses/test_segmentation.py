@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tests.losses import reference
 from tests.network.reference import array
+from tests.two_processes import in_two_processes
 from zept_nnunet.losses.segmentation import AnnotatedDiceBCE
 
 PATTERNS = torch.tensor([[1, 0, 1, 0, 1], [1, 1, 1, 0, 1], [1, 0, 0, 0, 1]], dtype=torch.bool)
@@ -94,3 +98,46 @@ def test_voxels_that_are_ignored_show_no_class() -> None:
     valid[..., 0] = False
     loss = AnnotatedDiceBCE(batch_dice=False)(z, y, torch.ones(1, 1, dtype=torch.bool), valid)
     assert loss.item() == pytest.approx(0.6931, abs=1e-3)  # the BCE alone
+
+
+# ---------------------------------------------------------------------------------------------------- two processes
+def whole_batch(with_ignore: bool, weigh: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Logits, target, valid voxels and weights of four cases; the first two show classes that the others do not."""
+    generator = torch.Generator().manual_seed(0)
+    z, y = 3 * torch.randn(4, 5, 5, 6, generator=generator), torch.rand(4, 5, 5, 6, generator=generator) > 0.7
+    y[2:, [1, 3]] = False
+    y[:, 4] = False  # and nobody shows this one
+    valid = weight = None
+    if with_ignore:  # as many voxels in either half, over which the means of the BCE are taken
+        valid = torch.arange(30).view(1, 1, 5, 6).expand(4, 1, -1, -1) % 3 > 0
+    if weigh:
+        weight = torch.tensor([0.25, 1.0])[torch.randint(0, 2, (1, 5, 5, 6), generator=generator)].expand(4, -1, -1, -1)
+    return z, y, valid, weight
+
+
+KINDS = [(False, False), (True, False), (True, True)]
+
+
+def loss_in_a_process(rank: int) -> list[tuple[Tensor, Tensor]]:
+    """Loss and gradient of the logits of this process's two cases, for each kind."""
+    half, results = slice(2 * rank, 2 * rank + 2), []
+    for kind in KINDS:
+        z, y, valid, weight = (m if m is None else m[half] for m in whole_batch(*kind))
+        z = z.clone().requires_grad_()
+        loss = AnnotatedDiceBCE(batch_dice=True, ddp=True)(z, y, torch.ones(2, 5, dtype=torch.bool), valid, weight)
+        loss.backward()
+        results.append((loss.detach(), z.grad))
+    return results
+
+
+def test_two_processes_of_which_one_shows_fewer_classes_count_as_one(tmp_path: Path) -> None:
+    """DDP takes the mean of the processes' gradients, so theirs are those of the mean of their losses."""
+    halves = in_two_processes(loss_in_a_process, tmp_path)
+    for kind, first, second in zip(KINDS, *halves, strict=True):
+        z, y, valid, weight = whole_batch(*kind)
+        z.requires_grad_()
+        loss = AnnotatedDiceBCE(batch_dice=True)(z, y, torch.ones(4, 5, dtype=torch.bool), valid, weight)
+        loss.backward()
+        torch.testing.assert_close((first[0] + second[0]) / 2, loss.detach())
+        torch.testing.assert_close(torch.cat((first[1], second[1])) / 2, z.grad)
+        assert first[0] != second[0]  # the BCE is each one's own

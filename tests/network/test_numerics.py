@@ -13,13 +13,16 @@ import torch.nn.functional as F
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from tests.network.narrow import TWO_KIDNEYS, narrow_block, randomize
+from tests.network.test_properties import make
 from tests.small_plans import make_network, make_plans
 from zept_nnunet.losses import ZePTLoss
 from zept_nnunet.losses.alignment import published_alignment, query_positives, query_to_knowledge, query_to_query
+from zept_nnunet.network.grouping import assign
 from zept_nnunet.network.heads import to_channels
 from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction, union
 from zept_nnunet.network.self_prompting import calibrated_prompts, calibrated_score, minmax_prompts, minmax_score
 from zept_nnunet.network.zept import ZePT, ZePTOutput
+from zept_nnunet.plans_block import add_tumor_to_block
 from zept_nnunet.training.targets import Targets, anomaly_labels, make_targets
 
 VARIANTS = ("zept", "paper")
@@ -176,6 +179,74 @@ def test_autocast_of_the_authors_network(dimensions: int, image: torch.Tensor, d
     network = randomize(make_network(dimensions, block=narrow_block(variant="paper")))
     train_and_predict(network, image, dtype=dtype)
     train_and_predict(network, torch.full_like(image, -1e3), 0, dtype=dtype)
+
+
+def errors_of(network: ZePT, image: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Of each map under autocast, in standard deviations of the map in float32."""
+    wanted = all_maps(network, image)
+    with autocast(dtype):
+        got = all_maps(network, image)
+    assert got.keys() == wanted.keys()
+    return {name: (got[name].float() - m).abs() / m.std() for name, m in wanted.items()}
+
+
+@torch.no_grad()
+def all_maps(network: ZePT, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of organs, tumors and abnormal tissue, at each scale of training; scores and channels of a prediction."""
+    network.eval()
+    network.decoder.deep_supervision = True
+    fields = network(image)._asdict()
+    network.decoder.deep_supervision = False
+    maps = {name: fields[name] for name in ("support", "healthy", "tumor", "anomaly", "deviation")}
+    return flat({**maps, "scores": network.forward_scores(image)})
+
+
+@pytest.mark.parametrize(("dimensions", "dtype"), HALF_ON_CPU)
+def test_maps_under_autocast_are_those_of_float32(
+    dimensions: int, image: torch.Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 64 units of its last place, in the map's standard deviations, where each voxel's group is that of float32.
+
+    Which one it is, rounding decides where two are about as likely: a voxel of the other group moves the group's query,
+    and with it some of the maps. Half of the voxels keep within 16 units all the same.
+    """
+    network = randomize(make_network(dimensions, block=narrow_block()))
+    unit = torch.finfo(dtype).eps
+    medians = {name: error.median().item() for name, error in errors_of(network, image, dtype).items()}
+    assert {name: error for name, error in medians.items() if error > 16 * unit} == {}
+
+    groups: list[torch.Tensor] = []  # of the two passes in float32, then given to the two others
+    again = iter(groups)
+
+    def assign_once(scores: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            return next(again).to(scores.dtype)
+        groups.append(assign(scores, *args, **kwargs))
+        return groups[-1]
+
+    monkeypatch.setattr("zept_nnunet.network.grouping.assign", assign_once)
+    worst = {name: error.max().item() for name, error in errors_of(network, image, dtype).items()}
+    assert len(groups) == 2 * network.num_grouping and next(again, None) is None
+    assert {name: error for name, error in worst.items() if error > 64 * unit} == {}
+
+
+@pytest.mark.parametrize(("dimensions", "dtype"), HALF_ON_CPU)
+def test_an_added_tumor_under_autocast(dimensions: int, image: torch.Tensor, dtype: torch.dtype) -> None:
+    """It leaves the others' maps as they were, to 32 units of the last place, in the map's standard deviations.
+
+    Not to the bit, as nearly in float32: with another query, sums of the attention are taken in another order.
+    """
+    trained = narrow_block()
+    before = make(dimensions, trained)
+    after = make(dimensions, add_tumor_to_block(trained, "spleen tumor", ("spleen",), 7), before)
+    with autocast(dtype):
+        wanted, got = all_maps(before, image), all_maps(after, image)
+    for name, mine in wanted.items():
+        same_channels = got[name][:, : mine.shape[1]].float()
+        tolerance = 32 * torch.finfo(dtype).eps * mine.float().std().item()
+        torch.testing.assert_close(
+            same_channels, mine.float(), rtol=0, atol=tolerance, msg=partial("{}: {}".format, name)
+        )
 
 
 @pytest.mark.parametrize("dtype", HALF)

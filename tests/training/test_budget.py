@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from tests.two_processes import in_two_processes
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.training import budget as module
 from zept_nnunet.training.budget import Budget, Budgeted, ZePTTrainerBudget, ZePTTrainerPaperBudget
@@ -45,14 +47,16 @@ SECONDS = 12.0  # of every epoch
 class _Trainer(Budgeted):
     """A budgeted trainer without data and network."""
 
-    def __init__(self, budget: Budget, done: int = 0) -> None:
+    def __init__(self, budget: Budget, done: int = 0, seconds: float = SECONDS) -> None:
         log: dict[str, list[Any]] = {
             "epoch_start_timestamps": [100.0 * e for e in range(done)],
             "epoch_end_timestamps": [100.0 * e + SECONDS for e in range(done)],
         }
+        self.seconds, self.is_ddp = seconds, torch.distributed.is_initialized()
         self.logger = SimpleNamespace(local_logger=SimpleNamespace(my_fantastic_logging=log))
         self.budget, self.current_epoch, self.num_epochs = budget, done, budget.epochs or module._ENDLESS
         self.rates: list[float] = []
+        self.shares: list[float] = []
         self.endings = 0
         parameter = torch.nn.Parameter(torch.zeros(1))
         self.optimizer = torch.optim.SGD([parameter], 1.0)
@@ -60,6 +64,10 @@ class _Trainer(Budgeted):
 
 @pytest.fixture
 def stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_loop(monkeypatch)
+
+
+def replace_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """nnU-Net's loop, as far as a budget meets it."""
 
     def configure_optimizers(self: Any) -> tuple[Any, Any]:
@@ -72,7 +80,8 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> None:
             log["epoch_start_timestamps"].append(100.0 * epoch)
             scheduler.step(epoch)
             self.rates.append(self.optimizer.param_groups[0]["lr"])
-            log["epoch_end_timestamps"].append(100.0 * epoch + SECONDS)
+            self.shares.append(self.progress())
+            log["epoch_end_timestamps"].append(100.0 * epoch + self.seconds)
             self.on_epoch_end()
         self.on_train_end()
 
@@ -103,6 +112,25 @@ def test_a_resumed_training_counts_the_time_before() -> None:
     trainer.run_training()
     assert trainer.rates == pytest.approx([0.4**0.9, 0.2**0.9])
     assert trainer.current_epoch == 5
+
+
+def train_in_a_process(rank: int) -> tuple[list[float], list[float], int]:
+    """Rates and shares of the time by epoch, and their number; epochs of the second process take longer."""
+    trainer = _Trainer(Budget(minutes=1), seconds=(SECONDS, 2.1 * SECONDS)[rank])
+    with pytest.MonkeyPatch.context() as patch:
+        replace_loop(patch)
+        trainer.run_training()
+    return trainer.rates, trainer.shares, trainer.current_epoch
+
+
+def test_the_time_of_the_first_process_is_that_of_all(tmp_path: Path) -> None:
+    """Where each went by its own clock they would part: in rate, in stage, and in when they stop."""
+    first, second = in_two_processes(train_in_a_process, tmp_path)
+    assert first == second
+    rates, shares, epochs = first
+    assert rates == pytest.approx([(1 - e / 5) ** 0.9 for e in range(5)])
+    assert shares == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])  # which the stage goes by
+    assert epochs == 5
 
 
 @pytest.mark.usefixtures("stock")

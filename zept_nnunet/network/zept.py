@@ -33,6 +33,8 @@ from zept_nnunet.network.self_prompting import (
 from zept_nnunet.plans_block import fingerprint, thresholds_of
 from zept_nnunet.taxonomy import Taxonomy
 
+LEARNED_QUERIES = "decoder.seg_layers.queries"
+"""The table of learned queries, where there is one: of organs, trained tumors, and abnormal tissue."""
 _EVIDENCE_FLOOR = 4.0  # log-odds; at inference, evidence further against a tumor counts by its logarithm
 _PRIOR_VOXELS = 64.0  # that the mean of an added query's evidence over its hosts takes to be 0
 _SCORE_LIMIT = 8.0  # of the score of the organs' maps; that of the relative head ranks healthy tissue far below it
@@ -333,7 +335,7 @@ class ZePT(nn.Module):
 
     def _learned_queries(self, hosts: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
         """An added tumor has learned nothing of its own: it takes the queries for abnormal tissue in its hosts."""
-        learned: Tensor = self.get_parameter("decoder.seg_layers.queries")
+        learned: Tensor = self.get_parameter(LEARNED_QUERIES)
         num_trained = len(learned) - self.num_organs - len(self.anomaly_hosts)
         organs, trained, abnormal = learned.split((self.num_organs, num_trained, len(self.anomaly_hosts)))
         abnormal_in = {organ: row for (organ,), row in zip(self.anomaly_hosts, abnormal, strict=True)}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from zept_nnunet.errors import ZePTError
@@ -152,9 +153,23 @@ class Budgeted(nnUNetTrainer):
         super().on_epoch_end()
         if self.budget.minutes is None:
             return
+        if self.is_ddp:
+            self._share_time()
         elapsed = self.elapsed_minutes()
         if elapsed + elapsed / self.current_epoch / 2 >= self.budget.minutes:
             raise _TimeIsUp
+
+    def _share_time(self) -> None:
+        """Take the last epoch's time from the first process, whose log a checkpoint holds.
+
+        Rate, stage and end follow from these times. By clocks of their own the processes of a DDP training would part.
+        """
+        log = self.logger.local_logger.my_fantastic_logging
+        keys = ("epoch_start_timestamps", "epoch_end_timestamps")
+        times = [log[key][-1] for key in keys]
+        dist.broadcast_object_list(times, src=0)
+        for key, time in zip(keys, times, strict=True):
+            log[key][-1] = time
 
     def run_training(self) -> None:
         """nnU-Net's, until the time is up."""

@@ -151,6 +151,16 @@ class ZePTTrainer(KeepsSides):
             block, configuration_manager, num_input_channels, enable_deep_supervision, cls._predicts_tumors(), noise
         )
 
+    def initialize(self) -> None:
+        """nnU-Net's; a process of a DDP training keeps its own buffers.
+
+        They hold no statistics, and in the final validation what the next case labels. DDP would copy those of the
+        first process at the next prediction, for which it would wait in every one, also in one that has no case.
+        """
+        super().initialize()
+        if isinstance(self.network, nn.parallel.DistributedDataParallel):
+            self.network.broadcast_buffers = False
+
     def _build_loss(self) -> nn.Module:
         batch_dice = self.configuration_manager.batch_dice and not (self.is_ddp and self.annotations.is_partial)
         weights = dict.fromkeys(("query_to_knowledge", "query_to_query"), float(self.settings["alignment"]))

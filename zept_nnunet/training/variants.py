@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import nn
 
 from zept_nnunet.errors import ZePTError
+from zept_nnunet.network.zept import LEARNED_QUERIES
 from zept_nnunet.training.trainer import ZePTTrainer
 
 
@@ -23,28 +25,46 @@ class ZePTTrainerStageI(ZePTTrainer):
 
 
 class ZePTTrainerStageII(ZePTTrainer):
-    """Organs and tumors from the start, on weights of a ZePTTrainerStageI, given by -pretrained_weights."""
+    """Organs and tumors from the start, on weights of a ZePTTrainerStageI, given by -pretrained_weights.
+
+    Not with learned queries: nnU-Net leaves out their table, whose size depends on the classes, and names no file.
+    """
 
     fixed_stage = 2
 
     def initialize(self) -> None:
         """nnU-Net's; remembers the random weights."""
         super().initialize()
-        self._random_weights = next(self._zept().parameters()).detach().clone()
+        self._random_weights = [p.detach().clone() for p in self._weights_of_stage_one()]
+
+    def _weights_of_stage_one(self) -> list[nn.Parameter]:
+        """One of those that -pretrained_weights loads, and the learned queries, if any."""
+        network = self._zept()
+        table = [network.get_parameter(LEARNED_QUERIES)] if network.is_learned else []
+        return [next(network.parameters()), *table]
 
     def on_train_start(self) -> None:
         """nnU-Net's.
 
         Raises:
-            ZePTError: no weights were loaded.
+            ZePTError: no weights were loaded, or not those of the organs' queries.
         """
         if not self.was_initialized:
             self.initialize()
-        if torch.equal(self._random_weights, next(self._zept().parameters()).detach()):
+        pairs = zip(self._random_weights, self._weights_of_stage_one(), strict=True)
+        is_random = [torch.equal(random, now.detach()) for random, now in pairs]
+        if is_random[0]:
             self._remove_own_log()
             raise ZePTError(
                 "ZePTTrainerStageII goes on from stage I: give -pretrained_weights CHECKPOINT of a ZePTTrainerStageI "
                 "(fold_X/checkpoint_final.pth), or train both stages in one run with -tr ZePTTrainer"
+            )
+        if any(is_random):
+            self._remove_own_log()
+            raise ZePTError(
+                "ZePTTrainerStageII goes on from the organs' queries of stage I, and -pretrained_weights does not load "
+                "them where the decoder setting queries is 'learned': they would start at random. Train both stages in "
+                "one run with -tr ZePTTrainer, or set it to 'generated' in the plans of both"
             )
         super().on_train_start()
 
