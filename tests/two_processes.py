@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-LONGEST_WAIT = timedelta(seconds=90)
+LONGEST_WAIT = timedelta(seconds=180)
 """Of one process for the other: where they do not meet the test fails, and does not hang."""
 
 
