@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from tests.network.compare import differing
@@ -24,7 +26,7 @@ from zept_nnunet.network.zept import ZePTOutput
 from zept_nnunet.plans_block import DECODER_SETTINGS, TRAINING_SETTINGS, build_block
 from zept_nnunet.training.anomalies import InsertAnomalies
 from zept_nnunet.training.targets import Targets, make_targets
-from zept_nnunet.training.trainer import ZePTTrainer
+from zept_nnunet.training.trainer import ZePTTrainer, seed_everything
 from zept_nnunet.training.variants import (
     ZePTTrainer_1epoch,
     ZePTTrainer_5epochs,
@@ -271,6 +273,17 @@ def test_seed_repeats_the_weights(results: Path, monkeypatch: pytest.MonkeyPatch
         )
         weights.append(torch.nn.utils.parameters_to_vector(network.parameters()))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_processes_of_one_training_draw_different_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZEPT_SEED", "1")
+    drawn = []
+    for rank in (None, 0, 1):
+        monkeypatch.setattr(dist, "is_initialized", lambda rank=rank: rank is not None)
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        seed_everything()
+        drawn.append((float(torch.rand(1)), float(np.random.rand()), random.random()))
+    assert drawn[0] == drawn[1] and not set(drawn[1]) & set(drawn[2])
 
 
 def build(trainer: ZePTTrainer) -> None:

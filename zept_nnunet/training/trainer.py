@@ -47,6 +47,7 @@ from zept_nnunet.training.targets import Annotations, Targets, anomaly_labels, m
 
 WEIGHT_DECAY = 1e-2
 BETAS = (0.9, 0.99)
+_SEEDS_APART = 10_000  # of two processes of one training
 
 
 class ZePTTrainer(KeepsSides):
@@ -477,12 +478,13 @@ class ZePTTrainer(KeepsSides):
 
 
 def seed_everything() -> None:
-    """`ZEPT_SEED` makes a training repeatable, together with nnUNet_n_proc_DA=0."""
+    """`ZEPT_SEED` makes a training repeatable, together with nnUNet_n_proc_DA=0. Processes of one training differ."""
     seed = os.environ.get("ZEPT_SEED")
     if seed is None:
         return
     if not seed.isdigit():
         raise ZePTError(f"ZEPT_SEED must be a non-negative integer, got {seed!r}")
-    random.seed(int(seed))
-    np.random.seed(int(seed) % 2**32)
-    torch.manual_seed(int(seed))
+    number = int(seed) + _SEEDS_APART * (dist.get_rank() if dist.is_initialized() else 0)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
