@@ -24,6 +24,7 @@ from zept_nnunet.cli import main
 from zept_nnunet.commands import add_tumor as command
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors, declared_requests
+from zept_nnunet.inference.remove_tumor import remove_tumors
 from zept_nnunet.inference.unchanged import check_unchanged
 from zept_nnunet.knowledge import KnowledgeSource
 from zept_nnunet.knowledge.vectors import read_vectors
@@ -160,6 +161,20 @@ def test_declared_tumors_get_their_labels_and_stop_being_unseen(tmp_path: Path) 
     assert zept["knowledge"] == {"spleen cyst": "round, fluid"}
     with pytest.raises(ZePTError, match=r"nothing is listed"):
         declared_requests(added.folder)
+
+
+def test_another_tumor_may_get_the_label_that_one_was_declared_with(tmp_path: Path) -> None:
+    """Labels are consecutive: which tumor is added first gets the next one, and removing it gives the file back."""
+    unseen = {"odd growth": {"hosts": ["spleen"], "label": 6}, "spleen cyst": {"hosts": ["spleen"], "label": 7}}
+    model = make_model_folder(tmp_path, dataset_json={**DATASET_JSON, "zept": {"unseen": unseen}})
+    added = add_tumors(model, [TumorRequest("pancreas tumor")])
+    assert added.tumors == (("pancreas tumor", 6, ("pancreas",)),)
+    left = {"odd growth": {"hosts": ["spleen"]}, "spleen cyst": unseen["spleen cyst"]}
+    assert read_json(added.folder / "dataset.json")["zept"]["unseen"] == left
+    more = add_tumors(added.folder, declared_requests(added.folder), tmp_path / "more")
+    assert {name: label for name, label, _ in more.tumors} == {"odd growth": 8, "spleen cyst": 7}
+    back = remove_tumors(more.folder, ["pancreas tumor", "odd growth", "spleen cyst"], tmp_path / "back")
+    assert json_files(back.folder) == json_files(model)
 
 
 def test_a_declared_tumor_by_name_takes_its_declaration(tmp_path: Path) -> None:

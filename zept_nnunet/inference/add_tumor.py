@@ -282,7 +282,11 @@ def assign_labels(
 
 # ---------------------------------------------------------------------------------------------------- the new folder
 def extend_dataset_json(dataset_json: dict[str, Any], request: TumorRequest) -> None:
-    """Add the label (or region), in place; what was declared unseen becomes a tumor."""
+    """Add the label (or region), in place; what was declared unseen becomes a tumor.
+
+    Labels are consecutive. One that another unseen tumor was declared with is taken from it: in this model it can only
+    get the next one.
+    """
     labels = dataset_json["labels"]
     label, key = int(request.label or 0), normalize_name(request.name)
     labels[request.name] = label
@@ -294,7 +298,11 @@ def extend_dataset_json(dataset_json: dict[str, Any], request: TumorRequest) -> 
 
     zept = dataset_json["zept"] = dict(dataset_json.get("zept") or {})
     if "unseen" in zept:
-        zept["unseen"] = {n: v for n, v in zept["unseen"].items() if normalize_name(n) != key}
+        zept["unseen"] = {
+            n: {k: x for k, x in v.items() if k != "label" or x != label}
+            for n, v in zept["unseen"].items()
+            if normalize_name(n) != key
+        }
         if not zept["unseen"]:
             del zept["unseen"]
     zept["tumors"] = {**zept.get("tumors", {}), request.name: {"hosts": list(request.hosts or ())}}
