@@ -103,7 +103,7 @@ def test_command(model: Path, images: Path, tmp_path: Path, capsys: pytest.Captu
     assert "(unseen classes)" in out and "swapped1" in out and "Blank images: patches" in out
     table = pd.read_csv(tmp_path / "out" / "retrieval.csv")
     assert len(table) == 2 * 2 * 6 and set(table[~table["seen"]]["class"]) == {"pancreas tumor"}
-    assert set(table["number"]) == {6, 311} and table["rank"].between(1, 311).all()
+    assert set(table["number"]) == {6, 314} and table["rank"].between(1, 314).all()
     assert (tmp_path / "out" / "embeddings.png").is_file()
     summary = pd.read_csv(tmp_path / "out" / "summary.csv")
     assert list(summary.columns) == ["candidates", "seen", "class", *SUMMARY_COLUMNS]
