@@ -37,7 +37,6 @@ WRONG = {
     "far away": catalog().entries["osteosarcoma"].text,
     "no tumor at all": catalog().entries["trachea"].text,
 }
-GENERIC = WRONG["generic"]
 KEY = ["phantom", "size", "configuration", "epochs", "iterations", "minutes", "test_cases", "seed"]
 
 
@@ -87,7 +86,7 @@ def wordings(dataset: Path, final: bool) -> dict[str, dict[str, str]]:
     names = list(own)
     others = dict(zip(names, [*names[1:], names[0]], strict=True))
     return {
-        tumor: {"built-in": own[tumor], "generic": GENERIC, "another unseen tumor's": own[others[tumor]]}
+        tumor: {"built-in": own[tumor], "generic": WRONG["generic"], "another unseen tumor's": own[others[tumor]]}
         for tumor in record["final_unseen"]
     }
 
@@ -110,10 +109,7 @@ def one_seed(workspace: Workspace, dataset: Path, seed: int, texts: dict[str, di
         ]  # fmt: skip
         workspace.run(seed, name, "zept", "add-tumor", trained, *tumors, "-o", grown)
     out = workspace.predictions(name, seed, workspace.test)
-    images = workspace.images(dataset)[workspace.test]
-    workspace.run(seed, name, "zept", "predict", "-m", grown, "-f", "0", "-i", images, "-o", out, "--save_scores",
-                  "--continue_prediction", "--disable_tta", "-device", workspace.args.device, "-npp", "1", "-nps",
-                  "1")  # fmt: skip
+    workspace.predict(name, seed, grown, workspace.images(dataset)[workspace.test], out)
     return pd.concat([rank(dataset, out, tumor, its) for tumor, its in texts.items()])
 
 

@@ -30,7 +30,6 @@ BASELINE = "nnUNetTrainerBaseline"
 STEPS = {"nnU-Net": (BASELINE, 0.0), "zept, stage I": (ZEPT_TRAINER, 0.0), "zept, stage II": (ZEPT_TRAINER, 1.0)}
 """Name → trainer, and how much of its training is done."""
 BATCHES, WARM_UP = 4, 2
-KEY = ["phantom", "size", "configuration", "device", "threads"]
 
 
 def main() -> None:
@@ -47,8 +46,8 @@ def main() -> None:
         rows = pd.DataFrame(measure(args, dataset.name))
     import torch
 
-    key = dict(zip(KEY, [phantom_of(dataset)["version"], args.size, args.configuration, args.device,
-                         torch.get_num_threads()], strict=True))  # fmt: skip
+    key = {"phantom": phantom_of(dataset)["version"], "size": args.size, "configuration": args.configuration}
+    key |= {"device": args.device, "threads": torch.get_num_threads()}
     append_rows(rows.assign(**key), RESULTS)
     table = pd.read_csv(RESULTS)
     print(summary(table[matches(table, key)]).to_string())

@@ -200,12 +200,15 @@ class Workspace:
         if not grown.is_dir():
             self.run(seed, name, "zept", "add-tumor", trained, "--declared")
         for split in images if splits is None else splits:
-            folder, out = images[split], self.predictions(name, seed, split)
             # the page shows maps of the first seed
             maps = ["--save_anomaly_maps"] if seed == 0 and split == "test" else []
-            self.run(seed, name, "zept", "predict", "-m", grown, "-f", "0", "-i", folder, "-o", out, "--save_scores",
-                     *maps, "--continue_prediction", "--disable_tta", "-device", self.args.device, "-npp", "1", "-nps",
-                     "1")  # fmt: skip
+            self.predict(name, seed, grown, images[split], self.predictions(name, seed, split), *maps)
+
+    def predict(self, name: str, seed: int, model: Path, images: Path, out: Path, *more: str) -> None:
+        """Scores of a ZePT with its unseen tumors; a case that is there is skipped."""
+        self.run(seed, name, "zept", "predict", "-m", model, "-f", "0", "-i", images, "-o", out, "--save_scores", *more,
+                 "--continue_prediction", "--disable_tta", "-device", self.args.device, "-npp", "1", "-nps",
+                 "1")  # fmt: skip
 
     def evaluate(self, method: str, seed: int) -> pd.DataFrame:
         """The aggregate rows of `zept evaluate` for one run."""

@@ -113,7 +113,7 @@ def query_feature_map_size(
     kept = 0
     if decoder["relative"] and pooled is not None:
         at_once = min(min(num_organs, ORGANS_PER_CHUNK) * voxels[-1] // pooled, VOXELS_AT_ONCE)
-        kept += at_once * KEPT_PER_VOXEL
+        kept = at_once * KEPT_PER_VOXEL
 
     grouped = voxels[: max(1, min(decoder["grouping_scales"], len(voxels) - 1))]
     layers = [0] * len(grouped)

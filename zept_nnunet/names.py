@@ -74,7 +74,6 @@ _KNOWN_ANATOMY = frozenset(word for words in _ANATOMY.values() for word in words
     "pituitary thymus pleura peritoneum omentum mesentery mediastinum".split()
 )
 _OF_THE_NECK = frozenset("node nodes nodal lymph vertebra vertebrae vertebral spine rib ribs cord esophagus".split())
-_METASTASES = frozenset("metastasis metastases mets".split())
 _SIDES = {**dict.fromkeys(("left", "l", "lt"), "left"), **dict.fromkeys(("right", "r", "rt"), "right")}
 _LEVELS = {level: level for level in ("upper", "middle", "lower")}
 _PARTS = frozenset(  # words of an organ's name that a tumor's name may leave out
@@ -180,7 +179,7 @@ def is_generic_tumor(name: str) -> bool:
 
 def has_number(name: str) -> bool:
     """Whether a number is a word of the name, or ends one: "tumor 2", "livertumor01"."""
-    return any(w.isdigit() for w in _words(name))
+    return bool(numbers_in(name))
 
 
 def key_without_number(name: str) -> tuple[str, ...]:
@@ -193,8 +192,10 @@ def _singular(word: str) -> str:
         return word[:-1]
     if word.endswith(("sses", "shes", "ches", "xes")):
         return word[:-2]
-    if word == "mets" or word.endswith("stases"):
-        return "metastasis" if word == "mets" else f"{word[:-2]}is"
+    if word == "mets":
+        return "metastasis"
+    if word.endswith("stases"):
+        return f"{word[:-2]}is"
     ends = ("ss", "us", "is", "as", "os")
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(ends) else word
 
@@ -223,7 +224,7 @@ def _seat(name: str) -> str:
     "lung metastasis of colon cancer" "lung metastasis". All of any other name, and of one that says it in other ways.
     """
     words = _words(name)
-    end = next((i for i, word in enumerate(words) if word in _METASTASES), 0)
+    end = next((i for i, word in enumerate(words) if _singular(word) == "metastasis"), 0)
     parts: list[list[str]] = [[]]  # between "and" and "or"
     for word in words[:end]:
         if word in ("and", "or"):
@@ -257,7 +258,7 @@ def _anatomy(name: str) -> set[str]:
             found.update(_ANATOMY[word])
         elif not (word in _SIDES or word in _LEVELS or word in _PARTS or _has_tumor_word(word) or word.isdigit()):
             found.add(word)
-    return found or {_USUAL_ANATOMY[word] for word in _words(name) if word in _USUAL_ANATOMY}
+    return found or {_USUAL_ANATOMY[word] for word in words if word in _USUAL_ANATOMY}
 
 
 def _is_organ(word: str, words: Iterable[str]) -> bool:

@@ -161,15 +161,15 @@ def run_encode(args: argparse.Namespace) -> int:
 
     from zept_nnunet.commands.taxonomy import find_dataset_json, read_dataset_json
     from zept_nnunet.knowledge.dataset import class_texts
-    from zept_nnunet.knowledge.encoders import HuggingFaceEncoder, TextEncoder
-    from zept_nnunet.knowledge.source import check_text, encode, english_encoder, said_of
+    from zept_nnunet.knowledge.encoders import HuggingFaceEncoder, TextEncoder, check_text
+    from zept_nnunet.knowledge.source import encode, english_encoder, said_of
     from zept_nnunet.knowledge.texts import Description, built_in_texts, describe_abnormal
     from zept_nnunet.knowledge.vectors import write_vectors
     from zept_nnunet.taxonomy import Taxonomy
 
     if args.o.suffix != ".safetensors":
         raise ZePTError(f"-o {args.o}: the file's name must end in .safetensors")
-    if args.o.is_dir() or not (parent := nearest_existing(args.o.absolute().parent)).is_dir():
+    if args.o.is_dir() or not (parent := nearest_existing(args.o.parent)).is_dir():
         raise ZePTError(f"-o {args.o}: a file cannot be written there ({args.o if args.o.is_dir() else parent})")
     given = [("a built-in description", Description(text, "name")) for text in built_in_texts()]
     if args.d is not None:
@@ -183,7 +183,7 @@ def run_encode(args: argparse.Namespace) -> int:
     given += [("--text", Description(text, "own")) for text in args.text]
     for where, description in given:  # before the first of them is encoded, which may take long
         with said_of(where):
-            check_text(description, is_english=args.encoder is None)
+            check_text(description.text, is_english=args.encoder is None, by_word=description.is_own)
     texts = {description.text: description for _, description in given}
     encoder: TextEncoder = english_encoder() if args.encoder is None else HuggingFaceEncoder(args.encoder)
     assert encoder.revision  # loads it, before the progress bar

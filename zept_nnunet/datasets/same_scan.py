@@ -173,8 +173,6 @@ def candidates(scans: Mapping[str, Landmarks]) -> Iterator[tuple[str, str, np.nd
 
 def _common(shifts: np.ndarray) -> np.ndarray | None:
     """The shift (3,) that most agree on, of (N, 3); None where too few do."""
-    if len(shifts) < _MIN_VOTES:
-        return None
     near = cKDTree(shifts).query_ball_point(shifts, _SHIFT_MM)
     most = max(near, key=len)
     return np.median(shifts[most], axis=0) if len(most) >= _MIN_VOTES else None

@@ -234,12 +234,8 @@ class EnglishEncoder(HuggingFaceEncoder):
         Raises:
             ZePTError: as the parent's; or a text is not English.
         """
-        from zept_nnunet.knowledge.language import check_english, check_words
-
         for text in texts:
-            check_length(text)
-            check_english(text)
-            check_words(text)
+            check_text(text, is_english=True, by_word=True)
         return super().encode(texts)
 
     def encode_names(self, texts: list[str]) -> np.ndarray:
@@ -248,12 +244,29 @@ class EnglishEncoder(HuggingFaceEncoder):
         Raises:
             ZePTError: as `encode`; but short texts are not looked up word by word.
         """
-        from zept_nnunet.knowledge.language import check_english
-
         for text in texts:
-            check_length(text)
-            check_english(text)
+            check_text(text, is_english=True, by_word=False)
         return super().encode(texts)
+
+
+def check_text(text: str, is_english: bool, by_word: bool) -> None:
+    """Refuse what an encoder would refuse. Nothing is encoded for it, and no encoder needs to be installed.
+
+    Args:
+        is_english: the encoder is the built-in one.
+        by_word: its words may be looked up: the text is not made of the names of classes.
+
+    Raises:
+        ZePTError: the text is empty or overlong; or it is not English, as far as this can be told without py3langid
+            where that is not installed.
+    """
+    from zept_nnunet.knowledge.language import check_english, check_words
+
+    check_length(text)
+    if is_english:
+        check_english(text)
+        if by_word:
+            check_words(text)
 
 
 def check_length(text: str) -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.knowledge.encoders import INSTALL, EnglishEncoder, TextEncoder, check_length
-from zept_nnunet.knowledge.language import check_english, check_words
+from zept_nnunet.knowledge.encoders import INSTALL, EnglishEncoder, TextEncoder, check_text
 from zept_nnunet.knowledge.texts import Description, refuse_twin
 from zept_nnunet.knowledge.vectors import VectorFile, read_vectors
 from zept_nnunet.names import name_key
@@ -102,7 +101,7 @@ class KnowledgeSource:
             for name, description in missing.items():
                 if description.is_own:
                     with said_of(f"the description of {name!r}"):
-                        check_text(description, is_english)
+                        check_text(description.text, is_english, by_word=True)
             encoder = self._checked_encoder(missing)
             for name, description in missing.items():
                 with said_of(f"the description of {name!r}"):
@@ -155,23 +154,6 @@ def encode(encoder: TextEncoder, description: Description) -> np.ndarray:
     if isinstance(encoder, EnglishEncoder) and not description.is_own:
         return encoder.encode_names([description.text])[0]
     return encoder.encode([description.text])[0]
-
-
-def check_text(description: Description, is_english: bool) -> None:
-    """Refuse what `encode` would refuse. Nothing is encoded for it, and no encoder needs to be installed.
-
-    Args:
-        is_english: the encoder is the built-in one.
-
-    Raises:
-        ZePTError: the text is empty or overlong; or it is not English, as far as this can be told without py3langid
-            where that is not installed.
-    """
-    check_length(description.text)
-    if is_english:
-        check_english(description.text)
-        if description.is_own:
-            check_words(description.text)
 
 
 @contextmanager

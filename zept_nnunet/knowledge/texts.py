@@ -115,17 +115,18 @@ def refuse_twin(name: str, other: str | None, description: Description, file: st
     Raises:
         ZePTError: `other` is not None.
     """
-    if other is not None and file is not None:
+    if other is None:
+        return
+    if file is not None:
         raise ZePTError(
             f"{other!r} and {name!r} have the same vector in {file}: nothing tells them apart. Give one of them "
             "another tensor there"
         )
-    if other is not None:
-        raise ZePTError(
-            f"{other!r} and {name!r} have the same description ({description.origin}): nothing tells them apart. "
-            f'Describe one of them in other words: --description, or in dataset.json "zept": {{"knowledge": '
-            f'{{"{name}": "…"}}}}'
-        )
+    raise ZePTError(
+        f"{other!r} and {name!r} have the same description ({description.origin}): nothing tells them apart. "
+        f'Describe one of them in other words: --description, or in dataset.json "zept": {{"knowledge": '
+        f'{{"{name}": "…"}}}}'
+    )
 
 
 def describe_abnormal(organ: str) -> Description:
