@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prompts_from_organs": {"prompts": "organs"},
     "score_in_maps": {"score_in_maps": True},
     "gate_at_voxels": {"gate": "voxel"},
+    "strongest_map_wins": {"tumor_first": False},
     "no_alignment": {"alignment": 0.0},
     "tenfold_alignment": {"alignment": 1.0},
     "tenth_of_alignment": {"alignment": 0.01},

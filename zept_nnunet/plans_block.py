@@ -19,7 +19,7 @@ from zept_nnunet.knowledge.vectors import text_key
 from zept_nnunet.names import normalize_name
 from zept_nnunet.taxonomy import Taxonomy
 
-VERSION = 6
+VERSION = 7
 
 _SHARED = {
     "width": 128,  # D
@@ -28,6 +28,7 @@ _SHARED = {
     "advanced_layers": 4,
     "grouping": True,  # False: organ queries attend to the image, and no voxel is assigned to one
     "self_prompting": True,  # False: tumor queries attend to the whole patch
+    "tumor_first": True,  # above one half a tumor's map wins against those of its hosts; False: the strongest wins
 }
 DECODER_SETTINGS: dict[str, dict[str, Any]] = {
     # ours: queries from knowledge, background queries, supervised calibrated score per host
@@ -375,7 +376,7 @@ def read_block(plans: Mapping[str, Any], source: str = "plans.json") -> dict[str
 
 
 def thresholds_of(block: Mapping[str, Any], taxonomy: Taxonomy, source: str = "plans.json") -> list[float | None]:
-    """The logit from which each tumor is reported (`zept calibrate`), None where that is nnU-Net's argmax.
+    """The logit from which each tumor is reported (`zept calibrate`), None where that is one half.
 
     Raises:
         ZePTError: one belongs to no tumor of the model, or is no number.

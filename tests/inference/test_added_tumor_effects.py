@@ -23,7 +23,6 @@ from tests.small_plans import DATASET_JSON, make_network, make_plans
 from zept_nnunet.errors import ZePTError
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors, extend_dataset_json
 from zept_nnunet.inference.predict import _NetworkWithScores
-from zept_nnunet.network.heads import at_thresholds
 from zept_nnunet.network.zept import ZePT
 from zept_nnunet.plans_block import add_tumor_to_block, build_block
 
@@ -101,15 +100,6 @@ def test_logits_of_organs_and_of_trained_tumors_stay(
     assert_equal_to_rounding(scores[1]["tumor_logits"][:, :-1], scores[0]["tumor_logits"])
 
 
-def test_the_hosts_channel_is_not_lowered_where_the_added_tumor_is(
-    logits: tuple[torch.Tensor, torch.Tensor],
-) -> None:
-    old, new = logits
-    found = new[:, ADDED] > 0
-    assert found.any() and (old[:, SPLEEN][found] > 0).any()
-    assert_equal_to_rounding(new[:, SPLEEN][found], old[:, SPLEEN][found])
-
-
 def test_tumors_are_added_in_any_order(image: torch.Tensor) -> None:
     """None of them sees another."""
     trained = narrow_block()
@@ -145,12 +135,18 @@ def test_on_a_tie_the_class_that_was_there_before_wins() -> None:
     assert decode(PLAIN_PLUS, z).flatten().tolist() == [0, SPLEEN]
 
 
-def test_a_healthy_map_that_is_sure_of_itself_hides_an_added_tumor() -> None:
-    """Nothing lowers its host's channel, unlike that of an organ which learned what its tumors look like."""
-    z = torch.full((1, 8, 1, 2), -5.0)
-    z[:, 0], z[:, ADDED] = 0, 2.0
-    z[:, SPLEEN, :, 1] = 3.0
-    assert decode(PLAIN_PLUS, z).flatten().tolist() == [ADDED, SPLEEN]
+@pytest.mark.parametrize(("tumor_first", "wanted"), [(True, ADDED), (False, SPLEEN)])
+def test_its_map_above_one_half_wins_against_its_host_however_sure_that_is(
+    grown: dict[str, Any], tumor_first: bool, wanted: int
+) -> None:
+    """Its host never learned what this tumor looks like. Without `tumor_first` the stronger of both wins."""
+    block = deepcopy(grown)
+    block["decoder"]["tumor_first"] = tumor_first
+    healthy, tumors = torch.full((1, 4, 1, 2), -5.0), torch.full((1, 3, 1, 2), -5.0)
+    healthy[:, SPLEEN - 1] = 3.0
+    tumors[:, -1, :, 0], tumors[:, -1, :, 1] = 0.5, -0.5
+    z = predictor(block).to_channels(healthy, tumors, [None] * 3)
+    assert decode(PLAIN_PLUS, z).flatten().tolist() == [wanted, SPLEEN]
 
 
 def test_a_stock_prediction_changes_only_to_the_added_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,38 +189,28 @@ def test_the_added_region_is_painted_over_the_others_and_is_in_none(image: torch
 
 
 # ---------------------------------------------------------------------------------------------------- thresholds
-def test_a_threshold_lowers_its_hosts_alone_and_no_score(
-    models: tuple[ZePT, ZePT], grown: dict[str, Any], image: torch.Tensor, logits: tuple[torch.Tensor, torch.Tensor]
+@pytest.mark.parametrize("tumor_first", [True, False])
+def test_a_threshold_moves_its_own_channel_alone_and_no_score(
+    models: tuple[ZePT, ZePT], grown: dict[str, Any], image: torch.Tensor, tumor_first: bool
 ) -> None:
+    """From it on the tumor wins against its host, whether tumors without a threshold do or not."""
     threshold = -1.5
-    calibrated = predictor({**grown, "thresholds": {"spleen tumor": {"logit": threshold}}}, models[0])
+    block = deepcopy({**grown, "thresholds": {"spleen tumor": {"logit": threshold}}})
+    block["decoder"]["tumor_first"] = tumor_first
+    calibrated = predictor(block, models[0])
+    del block["thresholds"]
+    plain = predictor(block, models[0])
     with torch.no_grad():
         z, scores = calibrated(image), calibrated.forward_scores(image)["tumor_logits"]
+        new = plain(image)
         assert torch.equal(scores, models[1].forward_scores(image)["tumor_logits"])
-    new = logits[1]
-    margin = new[:, ADDED] - threshold
-    others = [c for c in range(ADDED) if c != SPLEEN]
-    assert torch.equal(z[:, others], new[:, others])
-    assert_equal_to_rounding(z[:, ADDED], margin)
-    assert_equal_to_rounding(z[:, SPLEEN], torch.minimum(new[:, SPLEEN], -margin))
+    assert_equal_to_rounding(z[:, :ADDED], new[:, :ADDED])
+    margin = scores[:, -1] - threshold
+    assert_equal_to_rounding(z[:, ADDED], margin + new[:, SPLEEN].clamp_min(0))
     labels = decode(PLAIN_PLUS, z)
     reported = (labels == ADDED) & (margin > 1e-3)
-    assert reported.any() and (new[:, SPLEEN][reported] > new[:, ADDED][reported]).any()  # its host was stronger
+    assert reported.any() and (new[:, SPLEEN][reported] > scores[:, -1][reported]).any()  # its host was stronger
     assert not (labels == SPLEEN)[margin > 1e-3].any()
-
-
-def test_below_its_threshold_a_host_may_lose_a_voxel_to_a_class_that_is_sure_as_well() -> None:
-    """It stays above background, no higher than the threshold is far."""
-    organs, tumor = torch.tensor([[[5.0], [2.0]]]), torch.tensor([[[-3.0]]])
-    for threshold, wanted in ((None, 0), (1.0, 0), (-2.0, 1)):  # at −2 the first organ is capped at 1
-        healthy, _ = at_thresholds(organs, tumor, ((0,),), [threshold])
-        assert healthy.argmax(1).item() == wanted and (healthy > 0).all()
-
-
-def test_a_threshold_of_a_tumor_without_hosts_lowers_every_organ() -> None:
-    organs, tumor = torch.tensor([[[5.0], [2.0]]]), torch.tensor([[[3.0]]])
-    healthy, shifted = at_thresholds(organs, tumor, ((),), [1.0])
-    assert healthy.flatten().tolist() == [-2.0, -2.0] and shifted.item() == 2.0
 
 
 # ---------------------------------------------------------------------------------------------------- what follows

@@ -18,7 +18,6 @@ from tests.small_plans import make_network, make_plans
 from zept_nnunet.losses import ZePTLoss
 from zept_nnunet.losses.alignment import published_alignment, query_positives, query_to_knowledge, query_to_query
 from zept_nnunet.network.grouping import assign
-from zept_nnunet.network.heads import to_channels
 from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction, union
 from zept_nnunet.network.self_prompting import calibrated_prompts, calibrated_score, minmax_prompts, minmax_score
 from zept_nnunet.network.zept import ZePT, ZePTOutput
@@ -347,9 +346,9 @@ def test_logits_of_ten_thousand_through_loss_and_channels(dimensions: int, logit
     total.backward()
     assert_finite((total, terms, {f"{n}.{s}": m.grad for n, maps in leaves.items() for s, m in enumerate(maps)}))
     assert deviation.grad is not None and torch.isfinite(deviation.grad).all()
-    logits = to_channels(network.taxonomy, leaves["healthy"][0], leaves["tumor"][0])
+    logits = network.to_channels(leaves["healthy"][0], leaves["tumor"][0], network.thresholds)
     assert_finite(logits)
-    assert logits.abs().max() == LOGIT_LIMIT
+    assert LOGIT_LIMIT / 2 <= logits.abs().max() <= LOGIT_LIMIT
 
 
 # ---------------------------------------------------------------------------------------------------- temperature

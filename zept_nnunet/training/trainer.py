@@ -26,7 +26,7 @@ from zept_nnunet.errors import ZePTError
 from zept_nnunet.losses import TERMS, ZePTLoss
 from zept_nnunet.losses.alignment import bound_temperature
 from zept_nnunet.network.backbone import check_wrappable
-from zept_nnunet.network.heads import keep_to_annotated, to_channels
+from zept_nnunet.network.heads import keep_to_annotated
 from zept_nnunet.network.zept import ZePT, ZePTOutput
 from zept_nnunet.plans_block import (
     build_block,
@@ -390,7 +390,7 @@ class ZePTTrainer(KeepsSides):
         if self.annotations.is_partial:
             args = output.support[0], self.taxonomy.host_indices(), is_annotated
             healthy, tumors = keep_to_annotated(healthy, tumors, *args)
-        logits = to_channels(self.taxonomy, healthy, tumors)
+        logits = self._zept().to_channels(healthy, tumors, [None] * tumors.shape[1])
         wanted = make_targets(label_map, self.taxonomy)
         reference, annotated = self._reference_channels(wanted, is_annotated)
         if self.taxonomy.has_regions:
