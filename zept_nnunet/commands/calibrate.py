@@ -26,7 +26,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--rate", type=float, default=0.1, help="false positives of a class per healthy scan (default: 0.1)"
     )
-    parser.add_argument("--remove", action="store_true", help="remove the thresholds: tumors are reported from one half on again")
+    parser.add_argument(
+        "--remove", action="store_true", help="remove the thresholds: tumors are reported from one half on again"
+    )
     parser.add_argument("-f", nargs="+", help="folds (default: all that are trained)")
     parser.add_argument("-step_size", type=float, default=0.5, help="step of the sliding window (default: 0.5)")
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring at test time")
