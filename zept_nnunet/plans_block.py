@@ -440,14 +440,17 @@ def add_tumor_to_block(
 
 
 def fingerprint(block: Mapping[str, Any]) -> bytes:
-    """32 bytes that stand for the trained classes, their knowledge and the decoder. An added tumor changes nothing."""
+    """32 bytes that stand for the trained classes, their knowledge and the decoder.
+
+    An added tumor changes nothing, nor does `tumor_first`: weights know neither.
+    """
     taxonomy = Taxonomy.from_dict(block["taxonomy"])
     vectors = block["knowledge"]["vectors"]
     content = {
         "organs": [[o.name, o.label, list(vectors[o.name])] for o in taxonomy.organs],
         "tumors": [[t.name, t.label, list(t.hosts), list(vectors[t.name])] for t in taxonomy.trained_tumors],
         "encoder": [block["knowledge"]["encoder"], block["knowledge"]["revision"]],
-        "decoder": block["decoder"],
+        "decoder": {name: value for name, value in block["decoder"].items() if name != "tumor_first"},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
