@@ -13,7 +13,7 @@ import SimpleITK as sitk
 
 from tests.commands import Workspace
 from tests.conftest import read_json
-from tests.small_ct import UNSEEN_TUMOR
+from tests.small_ct import UNSEEN_HOSTS, UNSEEN_TUMOR
 from tests.test_jobs import kill_first
 
 pytestmark = pytest.mark.slow
@@ -126,13 +126,11 @@ def test_add_tumor_for_all_folds_then_predict_export_and_install(
     assert {p: p.stat().st_mtime_ns for p in sorted(model.rglob("*"))} == before, "the old folder stays untouched"
     plus = workspace.model(trained.name, "3d_fullres", plans="nnUNetPlans_plus")
     labels = read_json(plus / "dataset.json")["labels"]
-    new_label = max(v for v in labels.values())
     predict = ("-d", trained.name, "-tr", "ZePTTrainerTest", "-p", "nnUNetPlans_plus", "-c", "3d_fullres", *PREDICT)
     workspace.run("nnUNetv2_predict", "-i", trained / "imagesTs", "-o", tmp_path / "plus", *predict)
     old, new = _voxels(predictions["3d_fullres"]), _voxels(tmp_path / "plus")
     for name in old:
-        kept = new[name] != new_label
-        assert np.array_equal(old[name][kept], new[name][kept])
+        _assert_changes_its_host_alone(old[name], new[name], labels)
 
     archive, empty = tmp_path / "plus.zip", Workspace(tmp_path / "elsewhere")
     workspace.run(
@@ -145,6 +143,12 @@ def test_add_tumor_for_all_folds_then_predict_export_and_install(
     for name in new:
         assert np.array_equal(new[name], again[name])
     shutil.rmtree(plus)
+
+
+def _assert_changes_its_host_alone(before: np.ndarray, after: np.ndarray, labels: dict[str, int]) -> None:
+    """But for voxels that it wins: its hosts are lowered, so another class, almost as sure, may have theirs."""
+    changed = (after != before) & (after != labels[UNSEEN_TUMOR])
+    assert set(np.unique(before[changed])) <= {labels[host] for host in UNSEEN_HOSTS}
 
 
 def _json_files(*folders: Path) -> list[bytes]:
@@ -178,9 +182,7 @@ def test_add_tumor_to_an_ensemble_of_2d_and_3d_then_ensemble_and_postprocess(
         )  # fmt: skip
         new = _voxels(folders[-1])
         for name, voxels in _voxels(old).items():
-            assert np.array_equal(
-                voxels[new[name] != labels[UNSEEN_TUMOR]], new[name][new[name] != labels[UNSEEN_TUMOR]]
-            )
+            _assert_changes_its_host_alone(voxels, new[name], labels)
     ensembled, final = tmp_path / "ensembled", tmp_path / "postprocessed"
     workspace.run("nnUNetv2_ensemble", "-i", *folders, "-o", ensembled, "-np", "1")
     workspace.run(

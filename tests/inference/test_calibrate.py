@@ -21,7 +21,7 @@ from zept_nnunet.evaluation.ranking import decode, encode
 from zept_nnunet.inference import calibrate
 from zept_nnunet.inference.add_tumor import TumorRequest, add_tumors
 from zept_nnunet.inference.remove_tumor import remove_tumors
-from zept_nnunet.network.heads import for_decoding
+from zept_nnunet.network.heads import at_thresholds
 
 pytestmark = pytest.mark.filterwarnings("default")  # nnU-Net's own, in its predictor and its workers
 TUMORS = ("liver_tumor", "spleen_tumor", "pancreas tumor")
@@ -182,8 +182,9 @@ def test_a_score_that_is_saved_as_the_threshold_is_reported() -> None:
     for code in encode(np.array([-700.0, -3.0, -1e-6, 0.0, 1e-6, 0.37, 12.0, 1000.0], dtype=np.float16)).tolist():
         at = float(decode(np.array(code)))
         below = float(np.nextafter(np.float16(at), np.float16(-np.inf)))
-        maps = torch.full((1, 1, 2), 0.1), torch.tensor([[[at, below]]]).float()
-        organ, tumor = for_decoding(*maps, [[0]], [calibrate._boundary(code)], [True])
+        organ, tumor = at_thresholds(
+            torch.full((1, 1, 2), 0.1), torch.tensor([[[at, below]]]).float(), [[0]], [calibrate._boundary(code)]
+        )
         strongest = torch.cat((torch.zeros(1, 1, 2), organ, tumor), 1).argmax(1)[0].tolist()
         assert strongest[0] == 2 and strongest[1] == 1, (at, below)
 

@@ -99,10 +99,9 @@ def test_scores_are_the_tumors_logits_on_the_native_grid(predicted: Path) -> Non
         assert logits.shape == (3, *segmentation.shape)
         assert np.isfinite(logits).all()
         for k, label in enumerate((4, 5, 6)):
-            # background emits 0, so a tumor's voxel has a logit above 0
+            # background emits 0, so a tumor's voxel has a logit above 0 that no other tumor exceeds
             here = segmentation == label
-            # resampling may let it win at its host's surface where it is below: a random network has hardly any inside
-            assert (logits[k][here] > 0).mean() > 0.75
+            assert (logits[k][here] > 0).all()
             assert (logits[k][here] >= logits.max(0)[here]).all()
         outside = np.zeros(segmentation.shape, dtype=bool)
         outside[:2] = outside[:, :, :3] = True

@@ -592,17 +592,21 @@ def channels(
     tumor_first: bool = True,
 ) -> Array:
     """nnU-Net's output of healthy (Q, V) and tumor maps (U, V): of each label its class, and 0 for the background; of
-    each region the union of its classes. A tumor counts from its threshold. Where there are no regions it comes before
-    its hosts, if it has one or `tumor_first`: its logit is added to its strongest host's, where that one is positive.
+    each region the union of its classes. A tumor counts from its threshold, above which it also wins against its hosts;
+    without regions and with `tumor_first` it has one of 0 where none is given.
 
     labels: as in dataset.json, with added tumors last.
     """
+    thresholds = dict(thresholds or {})
+    if tumor_first and not taxonomy.has_regions:
+        thresholds = {t.name: thresholds.get(t.name, 0.0) for t in taxonomy.tumors}
     maps = {o.name: np.array(z) for o, z in zip(taxonomy.organs, healthy, strict=True)}
     for t, z in zip(taxonomy.tumors, tumor, strict=True):
-        maps[t.name] = z - (thresholds or {}).get(t.name, 0.0)
-        its_hosts = [maps[o.name] for o in taxonomy.organs if o.name in t.hosts or not t.hosts]
-        if (tumor_first or t.name in (thresholds or {})) and not taxonomy.has_regions:
-            maps[t.name] = np.array([m + max(0.0, *z) for m, *z in zip(maps[t.name], *its_hosts, strict=True)])
+        maps[t.name] = z - thresholds.get(t.name, 0.0)
+    for t in taxonomy.tumors:
+        for organ in taxonomy.organs:
+            if t.name in thresholds and (organ.name in t.hosts or not t.hosts):
+                maps[organ.name] = np.array([min(z, -m) for z, m in zip(maps[organ.name], maps[t.name], strict=True)])
     value_of = {c.label: c.name for c in (*taxonomy.organs, *taxonomy.tumors)}
     output = []
     for name, values in labels.items():

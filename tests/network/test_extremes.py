@@ -13,7 +13,7 @@ import torch
 from tests.network.narrow import narrow_block
 from tests.network.test_numerics import HALF, assert_finite, autocast
 from tests.small_plans import make_network
-from zept_nnunet.network.heads import for_decoding
+from zept_nnunet.network.heads import at_thresholds
 from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction, less_certain
 from zept_nnunet.network.pooling import highest_nearby
 from zept_nnunet.network.query_decoder import MaskHead
@@ -161,23 +161,21 @@ def test_thresholds_at_their_limits(threshold: float, dtype: torch.dtype) -> Non
     organs, tumors = pairs[:, 0].view(1, 1, -1), pairs[:, 1].view(1, 1, -1)
     hosts: tuple[Sequence[int], ...]
     for hosts in (((0,),), ((),)):
-        healthy, margin = for_decoding(organs, tumors, hosts, [threshold], [True])
+        healthy, margin = at_thresholds(organs, tumors, hosts, [threshold])
+        assert healthy.dtype == margin.dtype == dtype
         assert_finite((healthy, margin))
+        assert torch.equal(margin > 0, tumors > threshold)
         wanted = torch.where(tumors > threshold, 2, (organs > 0).long())[0]
         is_decided = (tumors != threshold)[0]
         assert torch.equal(decode(healthy, margin)[is_decided], wanted[is_decided])
         assert not (decode(healthy, margin)[~is_decided] == 2).any()
 
 
-@pytest.mark.parametrize("tumor_first", [True, False])
-def test_without_tumor_first_a_threshold_of_zero_is_not_the_same_as_none(tumor_first: bool) -> None:
-    """With one the tumor wins against its host from 0 on, without it the stronger of both does."""
-    block = narrow_block({"background": 0, "liver": 1, "liver tumor": 2})
-    block["decoder"]["tumor_first"] = tumor_first
-    network = make_network(2, block=block)
-    organs, tumors = torch.tensor([[[[5.0]]]]), torch.tensor([[[[1.0]]]])
-    for threshold, wanted in ((None, 2 if tumor_first else 1), (0.0, 2)):
-        assert network.to_channels(organs, tumors, [threshold]).argmax(1).item() == wanted
+def test_a_threshold_of_zero_is_not_the_same_as_none() -> None:
+    """The tumor wins against its host from 0 on, where without a threshold the stronger of both does."""
+    organs, tumors = torch.tensor([[[5.0]]]), torch.tensor([[[1.0]]])
+    assert decode(*at_thresholds(organs, tumors, ((0,),), [None])).item() == 1
+    assert decode(*at_thresholds(organs, tumors, ((0,),), [0.0])).item() == 2
 
 
 # ---------------------------------------------------------------------------------------------------- relative features

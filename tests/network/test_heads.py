@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zept_nnunet.network.heads import for_decoding, keep_to_annotated
+from zept_nnunet.network.heads import at_thresholds, keep_to_annotated
 
 HOSTS = ((0,), (1,), (0, 1), ())  # the last one: anywhere in the body
 
@@ -14,45 +14,37 @@ def decode(organs: torch.Tensor, tumors: torch.Tensor) -> torch.Tensor:
     return torch.cat((background, organs, tumors), 1).argmax(1)
 
 
-def test_where_no_tumor_comes_first_and_none_is_calibrated_nothing_changes() -> None:
+def test_without_thresholds_nothing_changes() -> None:
     organs, tumors = torch.randn(1, 2, 50), torch.randn(1, 4, 50)
-    same = for_decoding(organs, tumors, HOSTS, [None] * 4, [False] * 4)
+    same = at_thresholds(organs, tumors, HOSTS, [None] * 4)
     assert same[0] is organs and same[1] is tumors
 
 
 def test_a_tumor_is_decoded_exactly_where_it_exceeds_its_threshold() -> None:
     """Even where its organ's map is sure of healthy tissue; elsewhere the organ is decoded as before."""
     organs, tumors = torch.randn(1, 1, 4000) * 5, torch.randn(1, 3, 4000) * 5
-    for thresholds in ([-3.0, 2.0, 0.5], [None] * 3):
-        margins = tumors - torch.tensor([t or 0.0 for t in thresholds]).view(1, -1, 1)
-        healthy, shifted = for_decoding(organs, tumors, ((0,), (0,), ()), thresholds, [True] * 3)
-        wanted = torch.where(margins.amax(1) > 0, margins.argmax(1) + 2, (organs[:, 0] > 0).long())
-        assert torch.equal(healthy, organs)
-        is_clear = margins.abs().amin(1) > 1e-4
-        assert torch.equal(decode(healthy, shifted)[is_clear], wanted[is_clear])
+    thresholds = [-3.0, 2.0, 0.5]
+    margins = tumors - torch.tensor(thresholds).view(1, -1, 1)
+    found = decode(*at_thresholds(organs, tumors, ((0,), (0,), ()), thresholds))
+    wanted = torch.where(margins.amax(1) > 0, margins.argmax(1) + 2, (organs[:, 0] > 0).long())
+    assert torch.equal(found, wanted)
 
 
-def test_windows_and_folds_decide_as_their_mean_does() -> None:
-    """Also where they disagree: the mean of what is decoded says what the mean of the maps says."""
-    organs, tumors = torch.rand(5, 1, 4000) * 9, torch.randn(5, 1, 4000) * 5
-    healthy, shifted = for_decoding(organs, tumors, ((0,),), [None], [True])
-    found = decode(healthy.mean(0, keepdim=True), shifted.mean(0, keepdim=True))[0]
+def test_windows_and_folds_that_disagree_decide_about_a_tumor_as_its_mean_does() -> None:
+    """Also about the organ: one window sees it and the other does not."""
+    organs, tumors = torch.randn(2, 1, 4000) * 9, torch.randn(2, 1, 4000) * 5
+    healthy, margin = at_thresholds(organs, tumors, ((0,),), [0.0])
+    found = decode(healthy.mean(0, keepdim=True), margin.mean(0, keepdim=True))[0]
     mean = tumors.mean(0)[0]
     is_clear = mean.abs() > 1e-4
-    assert torch.equal(found[is_clear], 1 + (mean > 0).long()[is_clear])
+    assert torch.equal((found == 2)[is_clear], (mean > 0)[is_clear])
 
 
-def test_only_a_tumor_that_comes_first_is_raised_and_by_its_own_hosts() -> None:
-    organs, tumors = torch.tensor([[[3.0], [7.0]]]), torch.tensor([[[1.0], [1.0], [1.0], [1.0]]])
-    _, shifted = for_decoding(organs, tumors, HOSTS, [0.5, None, None, None], [True, False, True, True])
-    assert shifted.flatten().tolist() == [3.5, 1.0, 8.0, 8.0]
-
-
-def test_between_organs_a_tumor_is_as_sure_as_its_own() -> None:
-    """Where its host wins, a tumor that exceeds one half does; where another organ is surer by more, that one does."""
-    for other, wanted in ((4.0, 3), (7.0, 2)):
-        organs = torch.tensor([[[5.0], [other]]])
-        assert decode(*for_decoding(organs, torch.tensor([[[1.0]]]), ((0,),), [None], [True])).item() == wanted
+def test_an_organ_that_hosts_none_of_the_calibrated_tumors_keeps_its_map() -> None:
+    organs, tumors = torch.randn(1, 2, 100), torch.randn(1, 4, 100)
+    healthy, shifted = at_thresholds(organs, tumors, HOSTS, [1.0, None, None, None])
+    assert torch.equal(healthy[:, 1], organs[:, 1]) and not torch.equal(healthy[:, 0], organs[:, 0])
+    assert torch.equal(shifted[:, 1:], tumors[:, 1:])
 
 
 def test_what_a_case_does_not_label_goes_to_its_host_or_to_nothing() -> None:

@@ -236,6 +236,7 @@ def test_an_added_tumor_under_autocast(dimensions: int, image: torch.Tensor, dty
     Not to the bit, as nearly in float32: with another query, sums of the attention are taken in another order.
     """
     trained = narrow_block()
+    trained["decoder"]["tumor_first"] = False  # or it would lower its host's channel
     before = make(dimensions, trained)
     after = make(dimensions, add_tumor_to_block(trained, "spleen tumor", ("spleen",), 7), before)
     with autocast(dtype):

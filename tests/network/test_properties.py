@@ -114,6 +114,7 @@ def test_added_tumors_change_no_map_of_another_even_after_joint_attention_has_le
 ) -> None:
     """At the start joint attention is the identity and could hide what an added query does to the others."""
     trained = narrow_block()
+    trained["decoder"]["tumor_first"] = False  # the maps themselves, before one lowers its host's channel
     first = add_tumor_to_block(trained, "spleen tumor", ("spleen",), 7)
     second = add_tumor_to_block(first, "any tumor", ("liver", "spleen"), 8)
     zero = make(dimensions, trained, deep_supervision=False)

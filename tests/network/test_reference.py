@@ -292,7 +292,7 @@ def test_every_score_of_a_prediction(
     network = grow(dimensions, setting, deep_supervision=False)
     names = [t.name for t in network.taxonomy.tumors]
     thresholds = {"kidney tumor": -3.0, names[-1]: 1.0}
-    network.thresholds = [thresholds.get(name) for name in names]
+    network.thresholds = [thresholds.get(name, 0.0) for name in names]
     labels = {name: value for name, value in LABELS.items() if value == 0 or value <= 4 or name in names}
     equal_scores(network, patch, labels, thresholds)
     found = network.forward_scores(patch)["tumor_logits"]

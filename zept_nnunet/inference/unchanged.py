@@ -33,7 +33,8 @@ def check_unchanged(before: Path, after: Path, configuration: str) -> None:
 
     Logits of all shared channels, and the labels that nnU-Net makes of them, with thresholds, on a small random input;
     and the labels of random maps, as the weights may let few classes win on that input. Labels are compared where
-    neither model finds a class that the other lacks.
+    neither model finds a class that the other lacks. A threshold of such a class does not count: a removed tumor takes
+    its own along, and its hosts are then decoded without it.
 
     Args:
         before, after: model folders whose checkpoints hold the same weights; `after` has more classes, or fewer.
@@ -42,6 +43,10 @@ def check_unchanged(before: Path, after: Path, configuration: str) -> None:
         ZePTError: a logit differs by more than rounding, or a label differs.
     """
     old, new = (_read(folder, configuration) for folder in (before, after))
+    for model, other in ((old, new), (new, old)):
+        shared = {t.name for t in other.network.taxonomy.tumors}
+        named = zip(model.network.taxonomy.tumors, model.network.thresholds, strict=True)
+        model.network.thresholds = [t if tumor.name in shared else None for tumor, t in named]
     _compare(old, _drawn(old.network), new, _drawn(new.network), before)
     for path in sorted(p for c in CHECKPOINTS for p in after.glob(f"fold_*/{c}")):
         weights = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["network_weights"]

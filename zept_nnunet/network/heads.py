@@ -11,38 +11,36 @@ from zept_nnunet.network.logits import LOGIT_LIMIT, union
 from zept_nnunet.taxonomy import Taxonomy
 
 
-def for_decoding(
+def at_thresholds(
     organ_logits: Tensor,
     tumor_logits: Tensor,
     hosts: Sequence[Sequence[int]],
     thresholds: Sequence[float | None],
-    come_first: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """(B, Q, *) and (B, U, *) → the same for nnU-Net's decoding, with every calibrated tumor's threshold at 0.
+    """(B, Q, *) and (B, U, *) → the same, with the threshold of every tumor that has one at 0.
 
-    A tumor that comes first wins against its own hosts wherever it lies above its threshold: an organ's map may call
-    healthy what no training label ever called a tumor, and where both are above one half the tumor's own map is the
-    better judge of where it ends. So its logit is counted from that of its strongest host, where that one is above
-    background. An organ's logit stays what it is, or an added tumor would hand voxels of its host to a third class.
-    Inside its host this is linear: windows, mirrored copies and folds, which nnU-Net averages, decide as their mean
-    does, up to the rounding of its half precision.
+    Where such a tumor lies above its threshold it also wins against its own hosts: an organ's map may call healthy what
+    no training label ever called a tumor, and where both maps are above one half the tumor's own is the better judge of
+    where it ends. Where it lies below, its hosts stay what they were against background. An organ is lowered, not the
+    tumor raised: so the mean over windows, mirrored copies and folds, which nnU-Net takes, never shows a tumor whose
+    mean lies below its threshold, nor hides one above it behind a host, however much they disagree.
 
     Args:
         hosts: organs of each tumor; none: the whole body.
-        thresholds: of each tumor, None where it was not calibrated.
-        come_first: of each tumor whether it does.
+        thresholds: of each tumor; None: the stronger of it and its hosts wins.
     """
-    if not any(come_first) and all(t is None for t in thresholds):
+    if all(t is None for t in thresholds):
         return organ_logits, tumor_logits
-    limit = LOGIT_LIMIT / 2  # sums stay within nnU-Net's range
-    organs, tumors = organ_logits.float().clamp(-limit, limit), []
-    for k, (of, threshold, is_first) in enumerate(zip(hosts, thresholds, come_first, strict=True)):
-        margin = (tumor_logits[:, k].float() - (threshold or 0.0)).clamp(-limit, limit)
-        if is_first and organs.shape[1]:
-            host = organs[:, list(of)] if of else organs
-            margin = margin + host.amax(1).clamp_min(0)
-        tumors.append(margin)
-    return organs, torch.stack(tumors, 1)
+    shift = tumor_logits.new_tensor([t or 0.0 for t in thresholds])
+    margin = tumor_logits - shift.view(1, -1, *[1] * (tumor_logits.ndim - 2))
+    organs = []
+    for organ in range(organ_logits.shape[1]):
+        logit = organ_logits[:, organ]
+        for k, (of, threshold) in enumerate(zip(hosts, thresholds, strict=True)):
+            if threshold is not None and (organ in of or not of):
+                logit = torch.minimum(logit, -margin[:, k])
+        organs.append(logit)
+    return torch.stack(organs, 1) if organs else organ_logits, margin
 
 
 def keep_to_annotated(

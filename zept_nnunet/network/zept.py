@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zept_nnunet.knowledge import KnowledgeBank
 from zept_nnunet.network.backbone import build_backbone
 from zept_nnunet.network.grouping import GroupingBlock
-from zept_nnunet.network.heads import for_decoding, keep_to_annotated, to_channels
+from zept_nnunet.network.heads import at_thresholds, keep_to_annotated, to_channels
 from zept_nnunet.network.logits import LOGIT_LIMIT, conjunction, less_certain, union
 from zept_nnunet.network.pooling import highest_nearby
 from zept_nnunet.network.query_decoder import AdvancedLayer, JointAttention, MaskHead, QueryGenerator, query_visibility
@@ -124,8 +124,10 @@ class ZePT(nn.Module):
         self.taxonomy = taxonomy = Taxonomy.from_dict(block["taxonomy"])
         self.hosts = taxonomy.host_indices()
         self.num_organs, self.num_tumors = len(taxonomy.organs), len(taxonomy.tumors)
-        self.thresholds = thresholds_of(block, taxonomy) if predict_tumors else [None] * self.num_tumors
-        self.tumor_first = settings["tumor_first"]
+        # Regions need no order: each is decoded by itself, and a tumor's painted over those that hold it.
+        self.own_threshold = 0.0 if settings["tumor_first"] and not taxonomy.has_regions else None
+        found = thresholds_of(block, taxonomy) if predict_tumors else [None] * self.num_tumors
+        self.thresholds = [self.own_threshold if t is None else t for t in found]
         self.predict_tumors = predict_tumors
         self.stage = 2  # the trainer sets 1 while only organs are learned
         self.restricts = False  # logits to the classes that are `annotated`: validation of partially labeled cases
@@ -240,9 +242,7 @@ class ZePT(nn.Module):
 
     def to_channels(self, healthy: Tensor, tumor: Tensor, thresholds: Sequence[float | None]) -> Tensor:
         """Maps (B, Q, *) and (B, U, *), as nnU-Net decodes them at these thresholds → (B, heads, *)."""
-        # regions need no order: each is decoded by itself, and a tumor's painted over those that hold it
-        first = [not self.taxonomy.has_regions and (self.tumor_first or t is not None) for t in thresholds]
-        return to_channels(self.taxonomy, *for_decoding(healthy, tumor, self.hosts, thresholds, first))
+        return to_channels(self.taxonomy, *at_thresholds(healthy, tumor, self.hosts, thresholds))
 
     def forward_embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the alignment compares with descriptions: the features where each class is, in knowledge space.

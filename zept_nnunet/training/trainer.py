@@ -390,7 +390,8 @@ class ZePTTrainer(KeepsSides):
         if self.annotations.is_partial:
             args = output.support[0], self.taxonomy.host_indices(), is_annotated
             healthy, tumors = keep_to_annotated(healthy, tumors, *args)
-        logits = self._zept().to_channels(healthy, tumors, [None] * tumors.shape[1])
+        network = self._zept()
+        logits = network.to_channels(healthy, tumors, [network.own_threshold] * tumors.shape[1])
         wanted = make_targets(label_map, self.taxonomy)
         reference, annotated = self._reference_channels(wanted, is_annotated)
         if self.taxonomy.has_regions:
