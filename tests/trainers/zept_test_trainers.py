@@ -66,9 +66,9 @@ class ZePTTrainerStops(_Short, ZePTTrainer):
 
 
 class ZePTTrainerRealCT(_Short, ZePTTrainer):
-    """A few short epochs."""
+    """A few short epochs. Unseeded, 16 of them left the stomach out now and then: it is learned last."""
 
-    epochs, iterations = 16, 25
+    epochs, iterations = 28, 25
 
 
 class ZePTTrainerOracle(ZePTTrainerTest):
