@@ -376,7 +376,7 @@ def read_block(plans: Mapping[str, Any], source: str = "plans.json") -> dict[str
 
 
 def thresholds_of(block: Mapping[str, Any], taxonomy: Taxonomy, source: str = "plans.json") -> list[float | None]:
-    """The logit from which each tumor is reported (`zept calibrate`), None where that is one half.
+    """The logit from which each tumor is reported (`zept calibrate`), None where none was chosen.
 
     Raises:
         ZePTError: one belongs to no tumor of the model, or is no number.

@@ -130,13 +130,14 @@ def test_a_label_stays_or_becomes_the_added_tumors(logits: tuple[torch.Tensor, t
     """Its host's may also become another's, which is almost as sure."""
     old, new = logits
     before, after = decode(PLAIN, old), decode(PLAIN_PLUS, new)
-    first, second = new.topk(2, 1).values.unbind(1)
-    is_clear = first - second > 1e-3
-    assert is_clear.float().mean() > 0.95
-    wins = new[:, ADDED] > new[:, :ADDED].amax(1)  # background is among them, with a logit of 0
+    first, second = old.topk(2, 1).values.unbind(1)
+    rival = new[:, :ADDED].amax(1)  # background is among them, with a logit of 0
+    is_tied = old[:, 2] == old[:, 3]  # both kidneys, lowered by a trained tumor of both
+    is_clear = (first - second > 1e-3) & ((new[:, ADDED] - rival).abs() > 1e-3)
+    assert is_clear[~is_tied].float().mean() > 0.98
+    wins = new[:, ADDED] > rival
     assert torch.equal((after == ADDED)[is_clear], wins[is_clear])
-    became_another = ~wins & is_clear & (after != before) & (old.topk(2, 1).values.diff(dim=1).abs()[:, 0] > 1e-3)
-    assert (before[became_another] == SPLEEN).all()
+    assert (before[~wins & is_clear & (after != before)] == SPLEEN).all()
     assert not ((before == SPLEEN) & (after == 0)).any()
     assert wins.any() and len(before[wins].unique()) > 1
 

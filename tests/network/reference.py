@@ -589,16 +589,15 @@ def channels(
     healthy: Array,
     tumor: Array,
     thresholds: dict[str, float] | None = None,
-    tumor_first: bool = True,
 ) -> Array:
     """nnU-Net's output of healthy (Q, V) and tumor maps (U, V): of each label its class, and 0 for the background; of
     each region the union of its classes. A tumor counts from its threshold, above which it also wins against its hosts;
-    without regions and with `tumor_first` it has one of 0 where none is given.
+    without regions it has one of 0 where none is given.
 
     labels: as in dataset.json, with added tumors last.
     """
     thresholds = dict(thresholds or {})
-    if tumor_first and not taxonomy.has_regions:
+    if not taxonomy.has_regions:
         thresholds = {t.name: thresholds.get(t.name, 0.0) for t in taxonomy.tumors}
     maps = {o.name: np.array(z) for o, z in zip(taxonomy.organs, healthy, strict=True)}
     for t, z in zip(taxonomy.tumors, tumor, strict=True):
