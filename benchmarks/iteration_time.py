@@ -7,6 +7,11 @@ batches that each drew and augmented before the clock starts; the time of drawin
 plans, labels and split of zero_shot.py's phantom, on random weights. A round's seconds are the mean over its steps, and
 the table shows mean ± standard deviation over the rounds. "zept": what a step takes on average over a training with the
 default share of stage I. Each round is appended to results/iteration_time.csv. On a CPU, run it alone.
+
+The small plans are those of zero_shot.py's runs on a CPU: half of nnU-Net's channels and patches of some 30,000 voxels,
+where ZePT's part weighs most. Those that a user gets by default:
+
+    python benchmarks/iteration_time.py --size full --planner ZePTPlanner --rounds 3 --steps 1
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
-from zero_shot import PLANS, ZEPT_TRAINER, Workspace, append_rows, arguments, matches, parse, phantom_of
+from zero_shot import PLANNER, ZEPT_TRAINER, Workspace, append_rows, arguments, matches, parse, phantom_of
 
 RESULTS = Path(__file__).parent / "results" / "iteration_time.csv"
 BASELINE = "nnUNetTrainerBaseline"
@@ -36,21 +41,34 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="of each kind in a round")
+    parser.add_argument("--planner", default=PLANNER, choices=(PLANNER, "ZePTPlanner"))
     args = parse(parser)
-    workspace = Workspace((args.workspace / args.size).resolve(), args)
+    workspace = Planned((args.workspace / args.size).resolve(), args)
     environment = workspace.environment(0)
     in_a_new_process(environment)
     dataset = workspace.prepare()
     with tempfile.TemporaryDirectory() as results:
         os.environ.update(environment | {"nnUNet_results": results, "nnUNet_n_proc_DA": "0"})
-        rows = pd.DataFrame(measure(args, dataset.name))
+        rows = pd.DataFrame(measure(args, dataset.name, workspace.plans_name))
     import torch
 
     key = {"phantom": phantom_of(dataset)["version"], "size": args.size, "configuration": args.configuration}
-    key |= {"device": args.device, "threads": torch.get_num_threads()}
+    key |= {"plans": workspace.plans_name, "device": args.device, "threads": torch.get_num_threads()}
     append_rows(rows.assign(**key), RESULTS)
     table = pd.read_csv(RESULTS)
     print(summary(table[matches(table, key)]).to_string())
+
+
+class Planned(Workspace):
+    """zero_shot.py's workspace with the planner of --planner."""
+
+    @property
+    def planner(self) -> str:
+        return str(self.args.planner)
+
+    @property
+    def plans_name(self) -> str:
+        return self.planner.replace("Planner", "Plans")
 
 
 def in_a_new_process(environment: dict[str, str]) -> None:
@@ -59,7 +77,7 @@ def in_a_new_process(environment: dict[str, str]) -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
-def measure(args: argparse.Namespace, dataset: str) -> Iterator[dict[str, Any]]:
+def measure(args: argparse.Namespace, dataset: str, plans_name: str) -> Iterator[dict[str, Any]]:
     """A row for each round and kind of step: its seconds, and those that drawing a batch took."""
     import torch
     from nnunetv2.paths import nnUNet_preprocessed
@@ -67,7 +85,7 @@ def measure(args: argparse.Namespace, dataset: str) -> Iterator[dict[str, Any]]:
     from zept_nnunet.trainers import zept_trainers
 
     preprocessed = Path(str(nnUNet_preprocessed)) / dataset
-    plans = json.loads((preprocessed / f"{PLANS}.json").read_text())
+    plans = json.loads((preprocessed / f"{plans_name}.json").read_text())
     content = json.loads((preprocessed / "dataset.json").read_text())
     trainers, batches, drawing = {}, {}, {}
     for name in {trainer for trainer, _ in STEPS.values()}:

@@ -1,19 +1,24 @@
-"""Real liver tumors, found by models that were never shown a liver tumor. One patient: an illustration, no accuracy.
+"""Lesions in real anatomy: inserted ones, and real liver tumors; no model was ever shown a liver tumor.
 
     python benchmarks/real_tumors.py --data DATA_FOLDER --seeds 1 --epochs 15 --iterations 250
 
 Training data hold tumors of kidneys and spleen, none of the liver: phantom cases, and deformed copies of a real CT with
 the organ labels that TotalSegmentator gave it, into which synthetic lesions are inserted (DATA_FOLDER/abdomen_ct:
 example_ct.nii.gz and example_seg_fast_force_split.nii.gz of its test files). The liver holds synthetic anomalies, as
-any organ without labeled tumors, for every method that trains on them. The test case is a real CT with real tumors
-(DATA_FOLDER/liver_ct: ircadb_01_ct.nii.gz, and ircadb_01_liver_tumor.nii.gz with liver 1, tumor 2). Methods, plans,
-budget and evaluation are those of zero_shot.py. Figures go to results/real_tumors.csv. The pictures, in three planes,
-stay in the workspace: the data's licenses do not allow to publish them.
+any organ without labeled tumors, for every method that trains on them. There are two tests, apart in every table:
+
+- "inserted": more deformed copies of that CT, half of them healthy, the others with synthetic lesions, also in the
+  liver. Real anatomy and noise, but the patient whom training saw, with its organ labels from a model.
+- "real": one other CT with real tumors (DATA_FOLDER/liver_ct: ircadb_01_ct.nii.gz, and ircadb_01_liver_tumor.nii.gz
+  with liver 1, tumor 2). One patient: an illustration, no accuracy.
+
+Methods, plans, budget and evaluation are those of zero_shot.py. Figures go to results/real_tumors.csv. The pictures, in
+three planes, stay in the workspace: the data's licenses do not allow to publish them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +27,9 @@ import SimpleITK as sitk
 from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm import tqdm
-from zero_shot import Workspace, append_rows, arguments, matches, minutes_of, parse
+from zero_shot import Workspace, append_rows, arguments, link_case, matches, minutes_of, parse
 
-from zept_nnunet.datasets.insert_lesions import paint_into, plan_insertions
+from zept_nnunet.datasets.insert_lesions import SUFFIX, paint_into, plan_insertions
 from zept_nnunet.datasets.phantom import LABELS as PHANTOM_LABELS
 from zept_nnunet.datasets.phantom import SIZES, VERSION, draw_phantom_case
 from zept_nnunet.datasets.phantom_parameters import ORGANS
@@ -38,7 +43,8 @@ LABELS = {"background": 0, **ORGANS, "kidney tumor": 7, "spleen tumor": 8}
 UNSEEN_LABEL = 9
 TEST_CASE = "ircadb_01"
 REAL_LABELS = {"spleen": 1, "kidney right": 2, "kidney left": 3, "liver": 5, "stomach": 6, "pancreas": 7}
-PHANTOM_CASES, REAL_COPIES = 90, 60
+PHANTOM_CASES, REAL_COPIES, TEST_COPIES = 90, 60, 48
+REAL, INSERTED = "real", "inserted"
 SPACING_MM = (6.0, 6.0, 7.5)  # X Y Z of the deformed copies: about that of the phantom's size small
 CONTENT = {
     "channel_names": {"0": "CT"},
@@ -46,15 +52,24 @@ CONTENT = {
     "numTraining": PHANTOM_CASES + REAL_COPIES,
     "file_ending": ".nii.gz",
     "overwrite_image_reader_writer": "SimpleITKIO",
-    "description": "Synthetic lesions in a CT phantom and in deformed copies of one real CT. One real test case. Not "
-    "for any clinical purpose, not to be published.",
+    "description": "Synthetic lesions in a CT phantom and in deformed copies of one real CT. One test case "
+    "with real tumors. Not for any clinical purpose, not to be published.",
     "zept": {
         "unseen": {UNSEEN: {"hosts": ["liver"], "label": UNSEEN_LABEL}},
         "annotated": {f"{TEST_CASE}*": ["liver", UNSEEN]},
     },
 }
 KEY = ["phantom", "configuration", "epochs", "iterations", "minutes", "method", "seed"]
-SHOWN = {"auroc": "AUROC in the liver", "fpr95": "FPR95 in the liver"}, {"dsc": "DSC", "lesion_recall": "lesion recall"}
+SHOWN = {
+    ("host", "auroc"): "AUROC in host",
+    ("host", "fpr95"): "FPR95 in host",
+    ("volume", "froc_score"): "FROC score",
+    ("volume", "dsc"): "DSC",
+    ("volume", "lesion_recall"): "lesion recall",
+    ("volume", "false_positives_per_healthy_scan"): "FP per healthy scan",
+    ("volume", "dsc_at_fp_1"): "DSC at 1 FP",
+    ("volume", "lesion_recall_at_fp_1"): "lesion recall at 1 FP",
+}
 
 
 class RealTumors(Workspace):
@@ -71,14 +86,34 @@ class RealTumors(Workspace):
             write_dataset(dataset, self.args.data)
         self.plan(dataset)
         self.write_split(dataset, lambda case: self._is_healthy(dataset, case))
+        for image in (dataset / "imagesTs").iterdir():
+            case = image.name.removesuffix("_0000.nii.gz")
+            folder = self.folder / (REAL if case == TEST_CASE else INSERTED)
+            link_case(dataset, case, folder)
         return dataset
 
-    def can_calibrate(self) -> bool:
-        """No matched rate of false positives: the test set holds no healthy scan to judge it on."""
-        return False
+    def images(self, dataset: Path) -> dict[str, Path]:
+        """Both tests apart, and validation images for thresholds."""
+        tests = {name: self.folder / name / "imagesTs" for name in (REAL, INSERTED)}
+        return tests | {"validation": self.folder / "validation_images"}
 
-    def strata(self) -> None:
-        """None: there is one test case."""
+    def evaluate_test(self, name: str, method: str, seed: int, dataset: Path) -> pd.DataFrame:
+        """The aggregate rows of `zept evaluate`; a matched rate of false positives where the test has healthy scans."""
+        out = self.predictions(method, seed, f"report_{name}")
+        if not (out / "metrics.csv").is_file():
+            flags: list[str | Path] = [
+                "-r",
+                self.folder / name / "labelsTs",
+                "--dataset-json",
+                dataset / "dataset.json",
+            ]
+            if name == INSERTED:
+                flags += ["--calibration", self.predictions(method, seed, "validation")]
+                flags += ["--calibration-references", dataset / "labelsTr"]
+            self.run(seed, method, "zept", "evaluate", *flags, "-i", self.predictions(method, seed, name), "-o", out,
+                     "--bootstrap", "200", "--disable_progress_bar")  # fmt: skip
+        rows = pd.read_csv(out / "metrics.csv")
+        return rows[rows["case"].isin(("mean", "pooled"))].assign(test=name)
 
     @staticmethod
     def _is_healthy(dataset: Path, case: str) -> bool:
@@ -102,12 +137,17 @@ def write_dataset(target: Path, data: Path) -> None:
     with new_dataset(target) as scratch:
         for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
             (scratch / name).mkdir()
-        cases = phantom_cases(PHANTOM_CASES), real_copies(files, REAL_COPIES)
-        for part, total in zip(cases, (PHANTOM_CASES, REAL_COPIES), strict=True):
-            for case, image, labels, spacing in tqdm(part, total=total, desc="training cases", unit="case"):
+        training = [classes_of(i) for i in range(REAL_COPIES)]
+        test = [test_classes_of(i) for i in range(TEST_COPIES)]
+        for part, split, total in (
+            (phantom_cases(PHANTOM_CASES), "Tr", PHANTOM_CASES),
+            (real_copies(files, "training", training), "Tr", REAL_COPIES),
+            (real_copies(files, "test", test), "Ts", TEST_COPIES),
+        ):
+            for case, image, labels, spacing in tqdm(part, total=total, desc=f"images{split}", unit="case"):
                 for array, path in (
-                    (image, scratch / "imagesTr" / f"{case}_0000.nii.gz"),
-                    (labels, scratch / "labelsTr" / f"{case}.nii.gz"),
+                    (image, scratch / f"images{split}" / f"{case}_0000.nii.gz"),
+                    (labels, scratch / f"labels{split}" / f"{case}.nii.gz"),
                 ):
                     volume = sitk.GetImageFromArray(array)
                     volume.SetSpacing(spacing)
@@ -132,6 +172,11 @@ def classes_of(index: int) -> tuple[str, ...]:
     return () if index % 8 == 7 else tuple(name for i, name in enumerate(SEEN) if index % 4 != i + 1)
 
 
+def test_classes_of(index: int) -> tuple[str, ...]:
+    """Every second case is healthy; of the others, half hold the unseen type, and half one of the seen."""
+    return () if index % 2 else ((UNSEEN,), SEEN[:1], (UNSEEN,), SEEN[1:])[index // 2 % 4]
+
+
 def phantom_cases(count: int) -> Iterator[Case]:
     """case, image (Z, Y, X) int16, labels uint8, spacing X Y Z; seeded apart from the benchmark's phantom."""
     new_value = {PHANTOM_LABELS[name]: value for name, value in LABELS.items()}
@@ -143,8 +188,8 @@ def phantom_cases(count: int) -> Iterator[Case]:
         yield f"phantom_{index:03d}", drawn.image_hu, labels, drawn.spacing_mm[::-1]
 
 
-def real_copies(files: dict[str, Path], count: int) -> Iterator[Case]:
-    """Smoothly deformed, scaled and noisy copies with synthetic lesions; names say so."""
+def real_copies(files: dict[str, Path], split: str, classes: Sequence[Sequence[str]]) -> Iterator[Case]:
+    """Smoothly deformed, scaled and noisy copies, with synthetic lesions of these classes each; names say so."""
     # arrays are written with nnU-Net's usual orientation, that of the phantom; this file's is RAS
     image = sitk.DICOMOrient(sitk.ReadImage(str(files["example_ct"]), sitk.sitkFloat32), "LPS")
     label = sitk.DICOMOrient(sitk.ReadImage(str(files["example_seg_fast_force_split"])), "LPS")
@@ -157,10 +202,9 @@ def real_copies(files: dict[str, Path], count: int) -> Iterator[Case]:
     organs = np.zeros(found.shape, np.uint8)
     for name, value in REAL_LABELS.items():
         organs[found == value] = LABELS[name]
-    content = {"channel_names": {"0": "CT"}, "labels": LABELS, "file_ending": ".nii.gz"}
-    insertions = {i.name: i for i in plan_insertions(content, SEEN, "real copies")}
-    for index in range(count):
-        rng = np.random.default_rng([920, 1, index])
+    insertions = {i.name: i for i in plan_insertions(CONTENT, (*SEEN, UNSEEN), "real copies")}
+    for index, wanted in enumerate(classes):
+        rng = np.random.default_rng([920, 1 if split == "training" else 2, index])
         field = [ndimage.gaussian_filter(rng.standard_normal(hu.shape), 5) for _ in range(3)]
         scale = rng.uniform(0.9, 1.1, 3)
         middle = [(n - 1) / 2 for n in hu.shape]
@@ -171,10 +215,11 @@ def real_copies(files: dict[str, Path], count: int) -> Iterator[Case]:
         moved = ndimage.map_coordinates(hu, where, order=1, mode="nearest")
         moved = (moved + rng.normal(0, rng.uniform(2, 8), hu.shape)).astype(np.float32)
         labels = ndimage.map_coordinates(organs, where, order=0, mode="nearest")
-        for name in classes_of(index):
+        for name in wanted:
             for _ in range(int(rng.integers(1, 3))):
                 paint_into(moved, labels, insertions[name], SPACING_MM[::-1], "auto", rng)
-        yield f"real_ct_synthetic_lesion_{index:03d}", np.rint(moved).astype(np.int16), labels, SPACING_MM
+        name = f"real_ct_{split}_{index:03d}" + (SUFFIX if labels.max() > max(ORGANS.values()) else "")
+        yield name, np.rint(moved).astype(np.int16), labels, SPACING_MM
 
 
 def draw(workspace: RealTumors, dataset: Path, methods: list[str], seed: int) -> Path:
@@ -192,7 +237,7 @@ def draw(workspace: RealTumors, dataset: Path, methods: list[str], seed: int) ->
     for column, method in enumerate([None, *methods]):
         scores = None
         if method is not None:
-            with np.load(workspace.predictions(method, seed, "test") / f"{TEST_CASE}_scores.npz") as file:
+            with np.load(workspace.predictions(method, seed, REAL) / f"{TEST_CASE}_scores.npz") as file:
                 raw = file["logits"][file["classes"].tolist().index(UNSEEN)].astype(np.float32)
             volume = sitk.GetImageFromArray(raw)
             volume.CopyInformation(oriented)
@@ -238,19 +283,28 @@ def main() -> None:
             if matches(done, key).any():
                 continue
             workspace.train_and_predict(method, seed, dataset)
-            rows = workspace.evaluate(method, seed)
-            rows = rows[(rows["class"].isin(("liver", UNSEEN))) & (rows["case"] == "mean")]
-            rows = rows[["class", "seen", "scope", "metric", "value"]].assign(**key)
+            rows = pd.concat([workspace.evaluate_test(name, method, seed, dataset) for name in (REAL, INSERTED)])
+            columns = ["test", "case", "class", "seen", "scope", "metric", "value", "ci_low", "ci_high"]
+            rows = rows[columns].assign(**key)
             rows["training_minutes"] = round(minutes_of(workspace, method, seed), 2)
             append_rows(rows, RESULTS)
-        if all(workspace.predictions(method, seed, "test").is_dir() for method in args.methods):
+        if all(workspace.predictions(method, seed, REAL).is_dir() for method in args.methods):
             print(draw(workspace, dataset, args.methods, seed))
     table = pd.read_csv(RESULTS)
-    table = table[matches(table, settings) & (table["class"] == UNSEEN)]
-    in_host, whole = SHOWN
-    table["column"] = np.where(table["scope"] == "host", table["metric"].map(in_host), table["metric"].map(whole))
-    print("One real patient: an illustration, no accuracy claim.")
-    print(table.dropna(subset="column").pivot_table("value", "method", "column").round(3).to_string())
+    print_table(table[matches(table, settings) & table["method"].isin(args.methods)])
+
+
+def print_table(table: pd.DataFrame) -> None:
+    """Both tests apart: mean over the cases, and over the seeds."""
+    keys = pd.Series([*zip(table["scope"], table["metric"], strict=True)], index=table.index)
+    table = table[table["case"] == "mean"].assign(column=keys.map(SHOWN)).dropna(subset="column")
+    for name, title in (
+        (REAL, "One patient with real tumors: an illustration, no accuracy claim."),
+        (INSERTED, "Synthetic lesions in deformed copies of one real CT, which training saw other copies of."),
+    ):
+        print(title)
+        shown = table[table["test"] == name].pivot_table("value", ["class", "method"], "column")
+        print(shown.round(3).to_string(na_rep="-"))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ class Workspace:
     folder: Path
     args: argparse.Namespace
     dataset_id = PHANTOM
+    planner, plans_name = PLANNER, PLANS
 
     def environment(self, seed: int) -> dict[str, str]:
         """Datasets are shared by the seeds; each has results of its own."""
@@ -123,10 +124,11 @@ class Workspace:
 
     def plan(self, dataset: Path) -> None:
         """Plan and preprocess, unless that is done."""
-        done = self.folder / "nnUNet_preprocessed" / dataset.name / f".planned_{self.args.configuration}"
+        suffix = "" if self.plans_name == PLANS else f"_{self.plans_name}"
+        done = self.folder / "nnUNet_preprocessed" / dataset.name / f".planned_{self.args.configuration}{suffix}"
         if not done.exists():
             how = ("-c", self.args.configuration, "-np", "1", "-npfp", "1", "--verify_dataset_integrity")
-            self.run(0, "data", "zept", "plan", "-d", str(self.dataset_id), "-pl", PLANNER, *how)
+            self.run(0, "data", "zept", "plan", "-d", str(self.dataset_id), "-pl", self.planner, *how)
             done.touch()
 
     def write_split(self, dataset: Path, is_healthy: Callable[[str], bool]) -> None:
@@ -165,12 +167,8 @@ class Workspace:
         record = phantom_of(dataset)
         cases = sorted(p.name.removesuffix(".nii.gz") for p in (dataset / "labelsTs").glob("*.nii.gz"))
         holds = {case: {lesion["class"] for lesion in record["cases"][case]["lesions"]} for case in cases}
-        folder = self.folder / self.test
         for case in draw_cases(holds, record["final_unseen"], self.args.test_cases):
-            for link in (folder / "imagesTs" / f"{case}_0000.nii.gz", folder / "labelsTs" / f"{case}.nii.gz"):
-                link.parent.mkdir(parents=True, exist_ok=True)
-                if not link.exists():
-                    link.symlink_to((dataset / link.parent.name / link.name).resolve())
+            link_case(dataset, case, self.folder / self.test)
 
     def train_and_predict(self, method: str, seed: int, dataset: Path) -> None:
         """Each step is skipped where its result is there."""
@@ -252,6 +250,14 @@ class Workspace:
         pd.DataFrame([r for r in rows if r["case"] in test]).to_csv(partial, index=False)
         partial.rename(path)
         return path
+
+
+def link_case(dataset: Path, case: str, folder: Path) -> None:
+    """Link a test case's image and reference into `folder`/imagesTs and /labelsTs."""
+    for link in (folder / "imagesTs" / f"{case}_0000.nii.gz", folder / "labelsTs" / f"{case}.nii.gz"):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to((dataset / link.parent.name / link.name).resolve())
 
 
 def draw_cases(holds: Mapping[str, Set[str]], final: Collection[str], count: int) -> list[str]:

@@ -206,10 +206,13 @@ def test_two_methods_are_compared_over_the_same_seeds_and_cases(
 
 @pytest.mark.parametrize("script", ["real_tumors"], indirect=True)
 def test_the_real_tumors_are_unseen(script: ModuleType) -> None:
-    """The dataset can be planned; no training label or lesion is a liver tumor, and the test case labels it."""
+    """The dataset can be planned; no training label or lesion is a liver tumor, and the test cases label it."""
     taxonomy = Taxonomy.from_dataset_json(script.CONTENT)
     assert {t.name for t in taxonomy.tumors} == set(script.SEEN) and script.UNSEEN not in script.LABELS
     assert {name for i in range(40) for name in script.classes_of(i)} == set(script.SEEN)
+    test = [script.test_classes_of(i) for i in range(16)]
+    assert test.count(()) == 8 and test.count((script.UNSEEN,)) == 4
+    assert {name for names in test for name in names} == {*script.SEEN, script.UNSEEN}
     (unseen,) = declared_unseen(script.CONTENT)
     assert (unseen.name, unseen.hosts, unseen.label) == ("liver tumor", ("liver",), 9)
     named = annotated_for(script.TEST_CASE, annotated_patterns(script.CONTENT))
@@ -269,7 +272,6 @@ def test_steps_of_each_stage_and_of_nnunet_take_turns(
     for name, folder in folders.items():
         monkeypatch.setenv(name, str(folder))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setattr(script, "PLANS", "nnUNetPlans")
     stages: list[int] = []
     step = ZePTTrainer.train_step
 
@@ -280,7 +282,7 @@ def test_steps_of_each_stage_and_of_nnunet_take_turns(
 
     monkeypatch.setattr(ZePTTrainer, "train_step", watched)
     args = argparse.Namespace(configuration="3d_fullres", device="cpu", rounds=2, steps=1)
-    rows = pd.DataFrame(script.measure(args, planned.name))
+    rows = pd.DataFrame(script.measure(args, planned.name, "nnUNetPlans"))
     assert stages == [1] * script.WARM_UP + [2] * script.WARM_UP + [1, 2] * 2
     taken = rows.pivot(index="round", columns="step", values="seconds")
     assert (taken > 0).all(axis=None) and (rows["seconds_to_draw"] > 0).all()
