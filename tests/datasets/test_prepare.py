@@ -589,6 +589,30 @@ def test_a_decathlon_task_that_is_another_or_incomplete_is_refused(raw: Path, ca
     assert "names the labels" in capsys.readouterr().err and not list(raw.iterdir())
 
 
+@pytest.mark.slow
+def test_a_part_of_a_decathlon_task_will_do_where_one_says_so(raw: Path, capsys: Any) -> None:
+    """A case without a label and a test image that is not there are left out, the download stays as it is."""
+    folder = decathlon("MSD-Spleen", raw.parent)
+    content = json.loads((folder / "dataset.json").read_text())
+    more = {"image": "./imagesTr/spleen_003.nii.gz", "label": "./labelsTr/spleen_003.nii.gz"}
+    content |= {"training": [*content["training"], more], "numTraining": 2}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    nifti(folder / more["image"], ct())
+    (folder / "imagesTs/spleen_002.nii.gz").unlink()
+    before = sorted(folder.rglob("*"))
+    command = ["prepare", "MSD-Spleen", str(folder), "-d", "150", "-np", "1"]
+    assert main(command) == 1
+    assert "--partial" in capsys.readouterr().err and not list(raw.iterdir())
+    assert main([*command, "--partial"]) == 0
+    said = capsys.readouterr().out
+    assert "1 cases lack a file and are left out: spleen_003.nii.gz" in said and "1 of 1 test images" in said
+    (made,) = raw.iterdir()
+    assert json.loads((made / "dataset.json").read_text())["numTraining"] == 1
+    assert [p.name for p in (made / "imagesTr").iterdir()] == ["spleen_001_0000.nii.gz"]
+    assert [p.name for p in (made / "labelsTr").iterdir()] == ["spleen_001.nii.gz"]
+    assert sorted(folder.rglob("*")) == before and not list((made / "imagesTs").iterdir())
+
+
 def test_decathlon_labels_are_read(raw: Path, capsys: Any) -> None:
     folder = decathlon("MSD-Spleen", raw.parent)
     path = folder / "labelsTr/spleen_001.nii.gz"

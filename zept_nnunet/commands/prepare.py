@@ -32,7 +32,8 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List, describe, or prepare."""
-    from zept_nnunet.datasets.prepare import about, prepare, prepare_msd, recipes
+    from zept_nnunet.datasets.prepare import about, prepare, recipes
+    from zept_nnunet.datasets.prepare_msd import prepare_msd
 
     if args.name is None:
         print("\n".join(f"{name:<18} {recipes()[name]['title']}" for name in recipes()))
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if taken:
         raise ZePTError(f"the ID {target[7:10]} belongs to {taken[0]}; choose a free one")
     if recipes()[name]["kind"] == "msd":
-        cases = prepare_msd(name, args.source, raw / target, args.np)
+        cases = prepare_msd(name, args.source, raw / target, args.np, args.partial)
     else:
         cases = prepare(name, args.source, raw / target, args.tumor, args.partial, args.host)
     print(f"{raw / target}: {cases} training cases\nnext: zept taxonomy -d {int(target[7:10])}")

@@ -12,8 +12,6 @@ import json
 import locale
 import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,9 +28,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from zept_nnunet.datasets.geometry import in_words
 from zept_nnunet.datasets.model_organs import class_map
-from zept_nnunet.datasets.raw_folder import new_dataset, read_dataset_json, write_dataset_json
+from zept_nnunet.datasets.raw_folder import new_dataset, write_dataset_json
 from zept_nnunet.errors import ZePTError
-from zept_nnunet.jobs import executable
 from zept_nnunet.names import infer_hosts, infer_is_tumor, organs_named
 from zept_nnunet.taxonomy import Taxonomy
 
@@ -147,7 +144,7 @@ def find_cases(source: Path, recipe: Mapping[str, Any], partial: bool = False) -
             f"({recipe['source']})"
         )
     if others:  # withdrawn ones, of which the label archive knows nothing
-        print(f"{len(others)} cases that are not the dataset's are left out: {_listed(others)}")
+        print(f"{len(others)} cases that are not the dataset's are left out: {listed(others)}")
     if not partial:
         wanted = wanted or listed_cases(source, recipe, relative)
         for case in wanted:
@@ -170,7 +167,7 @@ def find_cases(source: Path, recipe: Mapping[str, Any], partial: bool = False) -
             raise ZePTError(f"{source}: {missing}")
     for left_out, why in ((unlabeled, "images have no label"), (lacking, "cases lack a file")):
         if left_out:
-            print(f"{len(left_out)} {why} and are left out: {_listed(left_out)}")
+            print(f"{len(left_out)} {why} and are left out: {listed(left_out)}")
     if not kept:
         case, its = next(iter(found.items()))
         raise ZePTError(f"{source}: {_missing(recipe, case, its)}; no case is whole")
@@ -206,7 +203,7 @@ def _refuse_copies(its: Case) -> None:
             raise ZePTError(f"{first} and {copy}: the case is there twice; move one of them out of the folder")
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
@@ -525,58 +522,6 @@ def _link(files: Sequence[Path], path: Path) -> None:
         path.symlink_to(files[0].resolve())
     else:
         _write(read_image(files), path)
-
-
-# ---------------------------------------------------------------------------------------------------- MSD
-def prepare_msd(name: str, source: Path, target: Path, processes: int) -> int:
-    """By nnU-Net's own converter, then the names and the `zept` block of the recipe.
-
-    Raises:
-        ZePTError: the folder is not the task's, its dataset.json or a file differs from the recipe, or the converter
-            fails; nothing is left then.
-    """
-    recipe = recipes()[name]
-    if source.name != recipe["task"]:
-        raise ZePTError(f"{source} is not called {recipe['task']}, as the unpacked download is")
-    path = source / "dataset.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        written = {int(value): str(label) for value, label in content["labels"].items() if int(value)}
-        training = [(entry["image"], entry["label"]) for entry in content["training"]]
-        listed = [file for pair in training for file in pair] + [str(file) for file in content.get("test", [])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ZePTError(f"{path} is missing or not that of the decathlon ({error!r})") from error
-    if {v: label.lower() for v, label in written.items()} != {v: t.lower() for v, t in recipe["written"].items()}:
-        raise ZePTError(f"{path} names the labels {written}, the recipe wants {recipe['written']}")
-    for file in listed:
-        if not (source / file).is_file():
-            raise ZePTError(f"{source / file} is missing, which {path.name} lists")
-    if not (source / "imagesTs").is_dir():
-        raise ZePTError(f"{source / 'imagesTs'} is missing")
-    for image, label in tqdm(training, desc=f"labels of {source.name}", unit="case"):
-        read_labels(recipe, label, Case(label={"": [source / label]}), read_image([source / image]))
-    labels = {"background": 0, **recipe["labels"]}
-    with new_dataset(target) as scratch:
-        _convert_msd(source, scratch, int(target.name[7:10]), processes)
-        nnunet = read_dataset_json(scratch)
-        write_dataset_json(scratch, nnunet | dataset_json(name, recipe, labels, source))
-    return int(nnunet["numTraining"])
-
-
-def _convert_msd(source: Path, folder: Path, number: int, processes: int) -> None:
-    """nnU-Net's converter into an nnUNet_raw of its own, from which the dataset moves to `folder`."""
-    command = "nnUNetv2_convert_MSD_dataset"
-    with tempfile.TemporaryDirectory(prefix=".zept_partial_", dir=folder.parent) as raw:
-        arguments = ["-i", str(source), "-overwrite_id", str(number), "-np", str(processes)]
-        environment = {**os.environ, "nnUNet_raw": raw}
-        done = subprocess.run([executable(command), *arguments], env=environment, capture_output=True, text=True)
-        if done.returncode:
-            # the exception of a worker, without the lines that say where in the code it was
-            said = [line for line in done.stderr.splitlines() if line and not line.startswith((" ", "Traceback"))]
-            raise ZePTError(f"{command} could not convert {source}: {' '.join(said[-3:]) or done.returncode}")
-        (made,) = Path(raw).iterdir()
-        for path in made.iterdir():
-            path.rename(folder / path.name)
 
 
 def about(name: str) -> str:
