@@ -191,6 +191,33 @@ def test_a_cluster_that_is_not_there_or_takes_no_job_is_named(tmp_path: Path, mo
     assert read_status(tmp_path / "out")["a"]["state"] == "waiting"
 
 
+@pytest.mark.parametrize(
+    ("answer", "is_over"),
+    [
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        ("exit 0", True),
+        ("echo '7 debug a R'", False),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", False),
+    ],
+)
+def test_a_job_that_slurm_has_forgotten_is_tried_again_and_one_that_may_run_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, is_over: bool
+) -> None:
+    """Without a result and an entry in sacct, submitit takes it for one that is about to start."""
+    pytest.importorskip("submitit")
+    for command, text in (("squeue", answer), ("sacct", "echo 'JobID|State|NodeList'")):
+        (tmp_path / command).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / command).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    out = tmp_path / "out"
+    a = job(tmp_path, "a")
+    facts = {"cluster": "slurm", "job_id": "7", "digest": a.digest(), "log": "x"}
+    Progress([a], out).set("a", "running", attempts=1, **facts)
+    progress = Progress([a], out)
+    assert bool(progress.of_others(out / "jobs")) is not is_over
+    assert progress.entries["a"]["state"] == ("waiting" if is_over else "running")
+
+
 def descendants(pid: int) -> list[int]:
     """Processes that a process has started, and those that they have."""
     found = subprocess.run(["pgrep", "-P", str(pid)], stdout=subprocess.PIPE, text=True).stdout.split()

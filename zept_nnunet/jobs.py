@@ -158,7 +158,7 @@ class Progress:
         found = {}
         for name, entry in self.left.items():
             handle = _handle(entry, logs)
-            if handle.done():
+            if _is_over(handle):
                 # it may have ended since the markers were read
                 self.set(name, "done" if self.jobs[name].is_done() else "waiting")
             elif entry["digest"] != self.jobs[name].digest():
@@ -209,6 +209,21 @@ def _handle(entry: Mapping[str, Any], logs: Path) -> Any:
     if entry["cluster"] == "slurm":
         return submitit.SlurmJob(logs, entry["job_id"])
     return submitit.LocalJob(logs, entry["job_id"], process=_Process(int(entry["job_id"]), logs))
+
+
+def _is_over(handle: Any) -> bool:
+    """Whether a job has ended, or has left no result and SLURM has forgotten it: submitit takes the unknown for one
+    that is about to start. The controller knows every job that waits or runs; what cannot be asked may still run.
+    """
+    if handle.done():
+        return True
+    if not isinstance(handle, _submitit().SlurmJob) or handle.state.upper() != "UNKNOWN":
+        return False
+    squeue = shutil.which("squeue")
+    if squeue is None:
+        return False
+    asked = subprocess.run([squeue, "--noheader", f"--jobs={handle.job_id}"], capture_output=True, text=True)
+    return "Invalid job id" in asked.stderr if asked.returncode else not asked.stdout.strip()
 
 
 @dataclass(frozen=True)
@@ -412,7 +427,7 @@ def run_on_cluster(
         if not running:
             break
         for name, handle in list(running.items()):
-            if handle.done():
+            if _is_over(handle):
                 del running[name]
                 _finish(progress, name, handle, retries, say)
         time.sleep(_NAP_S)
@@ -429,7 +444,8 @@ def _finish(progress: Progress, name: str, handle: Any, retries: int, say: Calla
     """A job that is over: done, to be tried again, or failed."""
     error = None
     try:
-        error = handle.exception()
+        # of a forgotten job submitit would wait for the result for ever
+        error = handle.exception() if handle.done() else ZePTError(f"SLURM knows no job {handle.job_id}")
     except Exception as problem:  # submitit's own, where a job left no result behind
         error = problem
     if error is None and progress.jobs[name].is_done():
