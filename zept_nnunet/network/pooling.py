@@ -40,15 +40,22 @@ def _box(x: Tensor, kernel: tuple[int, ...], is_adjoint: bool) -> Tensor:
         length, half = x.shape[axis], size // 2
         if half == 0:
             continue
-        place = torch.arange(length, device=x.device)
-        count = place.clamp(max=half) + (length - 1 - place).clamp(max=half) + 1
-        count = count.to(x.dtype).view(length, *[1] * (x.ndim - axis - 1))
-        x = x / count if is_adjoint else x
+        x = _divide_(x.clone(), axis, half) if is_adjoint else x
         total = x.clone()
         for step in range(1, min(half, length - 1) + 1):
             total.narrow(axis, step, length - step).add_(x.narrow(axis, 0, length - step))
             total.narrow(axis, 0, length - step).add_(x.narrow(axis, step, length - step))
-        x = total if is_adjoint else total.div_(count)
+        x = total if is_adjoint else _divide_(total, axis, half)
+    return x
+
+
+def _divide_(x: Tensor, axis: int, half: int) -> Tensor:
+    """In place, by the voxels of this axis that lie at most `half` away: by all of them, then at the edges by fewer."""
+    length, everywhere = x.shape[axis], 2 * half + 1
+    x.div_(everywhere)
+    for place in {*range(min(half, length)), *range(max(0, length - half), length)}:
+        count = min(place, half) + min(length - 1 - place, half) + 1
+        x.narrow(axis, place, 1).mul_(everywhere / count)
     return x
 
 

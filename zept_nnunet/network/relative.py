@@ -24,7 +24,7 @@ Letters as in `backbone.py`; K channels of R, `*` the input's grid, `/` the pool
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ _MAD_TO_SD = 1.4826
 _EPS = 1e-6
 _SMOOTHINGS = (0, 1, 3)  # passes of a 3-voxel box on the pooled grid
 _REACH = max(_SMOOTHINGS)  # pooled voxels around an organ that the head's logits in it depend on
+_AROUND = 1  # and those of which the head sees more than the smoothed intensities
 KEPT_PER_VOXEL = 132
 """Numbers that the head keeps for the backward pass, per organ and pooled voxel; tests/network/test_relative.py."""
 ORGANS_PER_CHUNK = 8
@@ -161,22 +162,31 @@ class RelativeFeatures(nn.Module):
 
     def relate(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None = None) -> Tensor:
         """As `forward`, from what `shared` and `inside` return; for any subset of the organs."""
+        values = self.values(pooled, projected, inside).flatten(0, 1).flatten(2)
+        features = self.compare(values, inside.flatten(0, 1).flatten(1), queries)
+        return features.view(*inside.shape[:2], -1, *inside.shape[2:])
+
+    def values(self, pooled: Tensor, projected: Tensor, inside: Tensor) -> Tensor:
+        """R of every voxel, which smoothing makes another one for each organ: → (B, Q, K, /)."""
         with torch.autocast(pooled.device.type, enabled=False):
-            batch, organs = inside.shape[:2]
-            grid = pooled.shape[2:]
             with torch.no_grad():
-                weights = inside.square()
-                intensities = self._smooth_inside(pooled, weights)  # (B, Q, 3C, /)
-            values = torch.cat((intensities, projected[:, None].expand(-1, organs, *projected.shape[1:])), 2)
-            values = values.flatten(0, 1).flatten(2)  # (B·Q, K, V)
-            flat_weights = weights.flatten(0, 1).flatten(1)  # (B·Q, V)
-            mean, variance = robust_statistics(values, flat_weights, self.floor)
-            mean, sigma = self._shrink(mean, variance, flat_weights.sum(-1, keepdim=True), queries)
-            r = ((values - mean[..., None]) / sigma[..., None]).clamp(-_LIMIT, _LIMIT)
-            inside = inside.flatten(0, 1).flatten(1)[:, None]  # (B·Q, 1, V)
-            r = r * inside
+                intensities = self._smooth_inside(pooled, inside.square())  # (B, Q, 3C, /)
+            shared = projected[:, None].expand(-1, inside.shape[1], *projected.shape[1:])
+            return torch.cat((intensities, shared), 2)
+
+    def compare(self, values: Tensor, inside: Tensor, queries: Tensor | None = None) -> Tensor:
+        """r, |r| and the organ's share: R (N, K, V) of N organs, their shares (N, V) → (N, num_features, V).
+
+        V: all voxels, or those that have a share; the others have no weight, and zeros for features.
+        """
+        with torch.autocast(values.device.type, enabled=False):
+            weights = inside.square()
+            mean, variance = robust_statistics(values, weights, self.floor)
+            mean, sigma = self._shrink(mean, variance, weights.sum(-1, keepdim=True), queries)
+            inside = inside[:, None]
+            r = ((values - mean[..., None]) / sigma[..., None]).clamp(-_LIMIT, _LIMIT) * inside
             zeros = inside.new_zeros(1, 1, 1).expand(len(r), self.num_features - 2 * r.shape[1] - 1, r.shape[2])
-            return torch.cat((r, r.abs(), inside, zeros), 1).view(batch, organs, self.num_features, *grid)
+            return torch.cat((r, r.abs(), inside, zeros), 1)
 
     def _shrink(self, mean: Tensor, variance: Tensor, visible: Tensor, queries: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and σ, towards the population where little is visible; `visible` (B·Q, 1) in pooled voxels.
@@ -210,10 +220,14 @@ class RelativeFeatures(nn.Module):
             scales.append(sums[:, :-1] / sums[:, -1:])
         return torch.cat(scales, 1).view(batch, organs, -1, *pooled.shape[2:])
 
-    def mean_around(self, x: Tensor) -> Tensor:
-        """Mean over the voxels of a box that are in the patch."""
+    def mean_around(self, x: Tensor, axes: int | None = None) -> Tensor:
+        """Mean over the voxels of a box that are in the patch: (B, C, *) → (B, C, *).
+
+        Args:
+            axes: how many there are to average over after the first two; more may follow. None: all.
+        """
         size = self.smoothing
-        return mean_of_neighbors(x, [size] * (x.ndim - 2) if isinstance(size, int) else size)
+        return mean_of_neighbors(x, [size] * (axes or x.ndim - 2) if isinstance(size, int) else size)
 
     def _pool(self, x: Tensor) -> Tensor:
         """Average over `pooling`; a part of a window at the far border counts by itself (odd sizes)."""
@@ -228,8 +242,8 @@ class RelativeHead(nn.Module):
 
     On a GPU, and compiled, organs go through in chunks of at most `organs_per_chunk`, fewer where the patch is large
     (`voxels_at_once`), and with more than one chunk their activations are computed again in the backward pass: memory
-    does not grow with Q. On a CPU each organ of each case goes through by itself, cropped to where it is; the logits
-    are the same.
+    does not grow with Q. On a CPU each organ of each case goes through by itself, cropped to where it is, and of that
+    its own voxels alone; the logits are the same.
     """
 
     def __init__(self, features: RelativeFeatures, width: int = 16, organs_per_chunk: int = ORGANS_PER_CHUNK):
@@ -261,41 +275,61 @@ class RelativeHead(nn.Module):
         for start in range(0, organs, size):
             chunk = slice(start, start + size)
             q = None if queries is None else queries[:, chunk]
-            logits.append(self._logits(pooled, projected, inside[:, chunk], q, again=organs > size))
+            logits.append(_maybe_again(self._chunk, organs > size, pooled, projected, inside[:, chunk], q))
         return torch.cat(logits, 1)
 
     def _cropped(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None) -> Tensor:
-        batch, organs, *grid = inside.shape
+        organs, grid = inside.shape[1], inside.shape[2:]
         boxes = boxes_of(inside.flatten(0, 1) > 0, _REACH)
-        if not any(boxes):
+        nowhere = not any(boxes)
+        if nowhere:
             boxes[0] = tuple(slice(0, 1) for _ in grid)  # every parameter gets a gradient, if only of zero
-        maps = []
+        logits = []
         for n, box in enumerate(boxes):
-            if not box:
-                maps.append(inside.new_zeros(grid))
-                continue
-            b, q = slice(n // organs, n // organs + 1), slice(n % organs, n % organs + 1)
-            whole, own = (b, slice(None), *box), (b, q, *box)
-            query = None if queries is None else queries[b, q]
-            again = organs > self.organs_per_chunk
-            part = self._logits(pooled[whole], projected[whole], inside[own], query, again)
-            around = [side for s, size in zip(box, grid, strict=True) for side in (size - s.stop, s.start)][::-1]
-            maps.append(F.pad(part[0, 0], around))
-        return torch.stack(maps).view(batch, organs, *grid)
-
-    def _logits(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None, again: bool) -> Tensor:
-        """(B, N, /) for the organs of `inside`; `again`: computed once more in the backward pass."""
-        if again and torch.is_grad_enabled():
-            logits: Tensor = checkpoint(self._chunk, pooled, projected, inside, queries, use_reentrant=False)
-            return logits
-        return self._chunk(pooled, projected, inside, queries)
+            if box:
+                b, q = slice(n // organs, n // organs + 1), slice(n % organs, n % organs + 1)
+                whole, own = (b, slice(None), *box), (b, q, *box)
+                query = None if queries is None else queries[b, q]
+                again = organs > self.organs_per_chunk
+                logits.append(_maybe_again(self._of_organ, again, pooled[whole], projected[whole], inside[own], query))
+        found = torch.cat(logits)
+        maps = found.new_zeros(inside.shape)
+        return maps + 0 * found.sum() if nowhere else maps.masked_scatter(inside > 0, found)
 
     def _chunk(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None) -> Tensor:
+        """(B, N, /) for the organs of `inside`."""
         r = self.features.relate(pooled, projected, inside, queries)
         voxels = self.of_voxel(r.flatten(0, 1).movedim(1, -1)).movedim(-1, 1)
         around = self.features.mean_around(voxels)
         logits: Tensor = self.layers(torch.cat((voxels, around), 1).movedim(1, -1))
         return logits.view(*r.shape[:2], *r.shape[3:])
+
+    def _of_organ(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None) -> Tensor:
+        """Logits of the voxels of one organ of one case, in order: as `_chunk` computes them. Elsewhere all features
+        are zero, so that the first layer gives every voxel the same.
+        """
+        (box,) = boxes_of(inside[0] > 0, _AROUND)
+        box = box or tuple(slice(0, 1) for _ in inside.shape[2:])
+        share = inside[0, 0][box]
+        place = share.flatten().nonzero()[:, 0]
+        place = place if len(place) else place.new_zeros(1)
+        own: tuple[slice | int, ...] = (slice(None), 0, slice(None), *box)
+        values = self.features.values(pooled, projected, inside)[own].flatten(2).index_select(-1, place)
+        r = self.features.compare(values, share.flatten()[None, place], queries)
+        voxels = self.of_voxel(r[0].T)  # (voxels of the organ, width)
+        elsewhere = self.of_voxel(r.new_zeros(self.features.num_features))
+        everywhere = elsewhere.expand(share.numel(), -1).index_copy(0, place, voxels)
+        around = self.features.mean_around(everywhere.view(1, 1, *share.shape, -1), share.ndim).view_as(everywhere)
+        logits: Tensor = self.layers(torch.cat((voxels, around.index_select(0, place)), 1))[:, 0]
+        return logits
+
+
+def _maybe_again(compute: Callable[..., Tensor], again: bool, *args: Tensor | None) -> Tensor:
+    """`compute(*args)`; `again`: computed once more in the backward pass."""
+    if again and torch.is_grad_enabled():
+        result: Tensor = checkpoint(compute, *args, use_reentrant=False)
+        return result
+    return compute(*args)
 
 
 def boxes_of(masks: Tensor, margin: int) -> list[tuple[slice, ...]]:
