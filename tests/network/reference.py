@@ -17,7 +17,7 @@ Module = Any  # a module under test; its parameters are read here by name
 Hosts = tuple[tuple[int, ...], ...]
 Grid = tuple[int, ...]
 SCORE_LIMIT = 8.0  # of a hint in a tumor map
-EVIDENCE_FLOOR = 4.0  # log-odds; evidence further against a tumor counts by its logarithm at inference
+EVIDENCE_FLOOR = 4.0  # log-odds; evidence further against a class counts by its logarithm at inference
 LOGIT_LIMIT = 1000.0
 INSIDE = 0.05  # share of a voxel above which an organ is there
 SAMPLES = 1025  # of an organ's voxels, for median and MAD
@@ -564,6 +564,8 @@ def zept(
         tumor.append(tumor_maps(evidence, support[scale], hosts, hint, relative, grid, floor, added))
 
     num_tumors, finest = len(taxonomy.tumors), len(tokens) - 1
+    if network.is_calibrated and not is_training:
+        healthy[-1] = np.vectorize(less_certain)(healthy[-1], EVIDENCE_FLOOR)
     if network.is_calibrated:
         maps = (support[finest], tumor[finest][:num_tumors])
         embeddings = [embed_regions(network, tokens[finest], m) for m in maps]

@@ -70,6 +70,22 @@ def test_certainty_that_healthy_tissue_is_no_tumor_does_not_rank_it_below_what_i
             assert (floored[0, k][inside][plain[0, k][inside].argsort()].diff() > -1e-5).all()  # the same order
 
 
+@torch.no_grad()
+def test_an_organs_surface_does_not_move_away_from_where_it_is_surely_not(
+    network: ZePT, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nnU-Net resamples logits: between +4 and −40 its surface would lie a tenth of the way, not in the middle."""
+    network.eval()
+    network.decoder.deep_supervision = False
+    inside = torch.arange(image.shape[-1]).expand(image.shape[2:]) < image.shape[-1] // 2
+    h = torch.where(inside, 4.0, -40.0).expand(len(image), network.num_organs, *image.shape[2:])
+    monkeypatch.setattr(network, "_organ_maps", lambda *_: (h, h))
+    monkeypatch.setattr(network, "predict_tumors", False)
+    fine = torch.nn.functional.interpolate(network(image)[:, 1].flatten(1, -2)[:, :1], scale_factor=16.0, mode="linear")
+    surface = (fine[0, 0] > 0).sum() / 16
+    assert abs(float(surface) - image.shape[-1] // 2) < 0.2
+
+
 def test_prompts_of_organs_are_those_of_a_tumor_in_each(network: ZePT, image: torch.Tensor) -> None:
     network.eval()
     network.decoder.deep_supervision = False

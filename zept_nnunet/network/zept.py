@@ -35,7 +35,7 @@ from zept_nnunet.taxonomy import Taxonomy
 
 LEARNED_QUERIES = "decoder.seg_layers.queries"
 """The table of learned queries, where there is one: of organs, trained tumors, and abnormal tissue."""
-_EVIDENCE_FLOOR = 4.0  # log-odds; at inference, evidence further against a tumor counts by its logarithm
+_EVIDENCE_FLOOR = 4.0  # log-odds; at inference, evidence further against a class counts by its logarithm
 _PRIOR_VOXELS = 64.0  # that the mean of an added query's evidence over its hosts takes to be 0
 _SCORE_LIMIT = 8.0  # of the score of the organs' maps; that of the relative head ranks healthy tissue far below it
 
@@ -266,6 +266,9 @@ class ZePT(nn.Module):
         else:
             args = queries.tumors, self.hosts, features, -1, support, healthy, unlike
             tumor, healthy = self._tumor_maps(*args, floor=_EVIDENCE_FLOOR)
+        if self.is_calibrated:
+            # nnU-Net averages windows and resamples: surfaces would move away from where an organ's absence is surest
+            healthy = less_certain(healthy, _EVIDENCE_FLOOR)
         return healthy, tumor, support, anomaly.expand_as(support), queries
 
     def _training_output(self, x: Tensor, features: list[Tensor]) -> ZePTOutput:
