@@ -8,7 +8,6 @@ import torch
 
 from zept_nnunet.network.pooling import mean_of_neighbors
 
-
 CASES = pytest.mark.parametrize(
     ("size", "kernel"), [((4, 5, 3), (3, 3, 3)), ((2, 6, 4), (1, 3, 5)), ((1, 2), (3, 3)), ((3, 2), (7, 5))]
 )
