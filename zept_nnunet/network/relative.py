@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -280,18 +281,19 @@ class RelativeHead(nn.Module):
 
     def _cropped(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None) -> Tensor:
         organs, grid = inside.shape[1], inside.shape[2:]
-        boxes = boxes_of(inside.flatten(0, 1) > 0, _REACH)
+        boxes, cores = (boxes_of(inside.flatten(0, 1) > 0, margin) for margin in (_REACH, _AROUND))
         nowhere = not any(boxes)
         if nowhere:
-            boxes[0] = tuple(slice(0, 1) for _ in grid)  # every parameter gets a gradient, if only of zero
+            boxes[0] = cores[0] = tuple(slice(0, 1) for _ in grid)  # every parameter gets a gradient, if only of zero
         logits = []
-        for n, box in enumerate(boxes):
+        for n, (box, core) in enumerate(zip(boxes, cores, strict=True)):
             if box:
                 b, q = slice(n // organs, n // organs + 1), slice(n % organs, n % organs + 1)
                 whole, own = (b, slice(None), *box), (b, q, *box)
                 query = None if queries is None else queries[b, q]
-                again = organs > self.organs_per_chunk
-                logits.append(_maybe_again(self._of_organ, again, pooled[whole], projected[whole], inside[own], query))
+                within = tuple(slice(c.start - s.start, c.stop - s.start) for c, s in zip(core, box, strict=True))
+                args = pooled[whole], projected[whole], inside[own], query, within
+                logits.append(_maybe_again(self._of_organ, organs > self.organs_per_chunk, *args))
         found = torch.cat(logits)
         maps = found.new_zeros(inside.shape)
         return maps + 0 * found.sum() if nowhere else maps.masked_scatter(inside > 0, found)
@@ -304,16 +306,18 @@ class RelativeHead(nn.Module):
         logits: Tensor = self.layers(torch.cat((voxels, around), 1).movedim(1, -1))
         return logits.view(*r.shape[:2], *r.shape[3:])
 
-    def _of_organ(self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None) -> Tensor:
+    def _of_organ(
+        self, pooled: Tensor, projected: Tensor, inside: Tensor, queries: Tensor | None, within: tuple[slice, ...]
+    ) -> Tensor:
         """Logits of the voxels of one organ of one case, in order: as `_chunk` computes them. Elsewhere all features
         are zero, so that the first layer gives every voxel the same.
+
+        within: where in the crop the organ and its neighbors lie; the rest is there for the smoothing.
         """
-        (box,) = boxes_of(inside[0] > 0, _AROUND)
-        box = box or tuple(slice(0, 1) for _ in inside.shape[2:])
-        share = inside[0, 0][box]
+        share = inside[0, 0][within]
         place = share.flatten().nonzero()[:, 0]
         place = place if len(place) else place.new_zeros(1)
-        own: tuple[slice | int, ...] = (slice(None), 0, slice(None), *box)
+        own: tuple[slice | int, ...] = (slice(None), 0, slice(None), *within)
         values = self.features.values(pooled, projected, inside)[own].flatten(2).index_select(-1, place)
         r = self.features.compare(values, share.flatten()[None, place], queries)
         voxels = self.of_voxel(r[0].T)  # (voxels of the organ, width)
@@ -324,7 +328,7 @@ class RelativeHead(nn.Module):
         return logits
 
 
-def _maybe_again(compute: Callable[..., Tensor], again: bool, *args: Tensor | None) -> Tensor:
+def _maybe_again(compute: Callable[..., Tensor], again: bool, *args: Any) -> Tensor:
     """`compute(*args)`; `again`: computed once more in the backward pass."""
     if again and torch.is_grad_enabled():
         result: Tensor = checkpoint(compute, *args, use_reentrant=False)
