@@ -66,10 +66,6 @@ class Planned(Workspace):
     def planner(self) -> str:
         return str(self.args.planner)
 
-    @property
-    def plans_name(self) -> str:
-        return self.planner.replace("Planner", "Plans")
-
 
 def in_a_new_process(environment: dict[str, str]) -> None:
     """Begin again with `environment`, unless this process has it: malloc reads its settings once."""

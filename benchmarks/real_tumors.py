@@ -99,20 +99,12 @@ class RealTumors(Workspace):
 
     def evaluate_test(self, name: str, method: str, seed: int, dataset: Path) -> pd.DataFrame:
         """The aggregate rows of `zept evaluate`; a matched rate of false positives where the test has healthy scans."""
-        out = self.predictions(method, seed, f"report_{name}")
-        if not (out / "metrics.csv").is_file():
-            flags: list[str | Path] = [
-                "-r",
-                self.folder / name / "labelsTs",
-                "--dataset-json",
-                dataset / "dataset.json",
-            ]
-            if name == INSERTED:
-                flags += ["--calibration", self.predictions(method, seed, "validation")]
-                flags += ["--calibration-references", dataset / "labelsTr"]
-            self.run(seed, method, "zept", "evaluate", *flags, "-i", self.predictions(method, seed, name), "-o", out,
-                     "--bootstrap", "200", "--disable_progress_bar")  # fmt: skip
-        rows = pd.read_csv(out / "metrics.csv")
+        flags: list[str | Path] = ["-r", self.folder / name / "labelsTs"]
+        flags += ["--dataset-json", dataset / "dataset.json"]
+        if name == INSERTED:
+            flags += ["--calibration", self.predictions(method, seed, "validation")]
+            flags += ["--calibration-references", dataset / "labelsTr"]
+        rows = self.report(method, seed, name, self.predictions(method, seed, f"report_{name}"), *flags)
         return rows[rows["case"].isin(("mean", "pooled"))].assign(test=name)
 
     @staticmethod

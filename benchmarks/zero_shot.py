@@ -61,7 +61,12 @@ class Workspace:
     folder: Path
     args: argparse.Namespace
     dataset_id = PHANTOM
-    planner, plans_name = PLANNER, PLANS
+    planner = PLANNER
+
+    @property
+    def plans_name(self) -> str:
+        """What the planner calls its plans."""
+        return self.planner.replace("Planner", "Plans")
 
     def environment(self, seed: int) -> dict[str, str]:
         """Datasets are shared by the seeds; each has results of its own."""
@@ -211,17 +216,21 @@ class Workspace:
     def evaluate(self, method: str, seed: int) -> pd.DataFrame:
         """The aggregate rows of `zept evaluate` for one run."""
         out = self.predictions(method, seed, self.test).with_name(self.test.replace("test", "report"))
+        validation = self.predictions(method, seed, "validation")
+        strata = self.strata()
+        flags: list[str | Path] = ["--strata", strata] if strata else []
+        if self.args.test_cases:  # what wants a matched threshold is figured with all test cases
+            flags += ["-r", self.folder / self.test / "labelsTs"]
+        else:
+            flags += ["-d", str(self.dataset_id)]
+            flags += ["--calibration", validation] if validation.is_dir() and self.can_calibrate() else []
+        return self.report(method, seed, self.test, out, *flags)
+
+    def report(self, method: str, seed: int, split: str, out: Path, *flags: str | Path) -> pd.DataFrame:
+        """What `zept evaluate` writes of a run's predictions; flags say what it compares them with."""
         if not (out / "metrics.csv").is_file():
-            validation = self.predictions(method, seed, "validation")
-            calibration = ["--calibration", validation] if validation.is_dir() and self.can_calibrate() else []
-            strata = self.strata()
-            references = ["-d", str(self.dataset_id)]
-            if self.args.test_cases:
-                references = ["-r", str(self.folder / self.test / "labelsTs")]
-                calibration = []  # what wants a matched threshold is figured with all test cases
-            flags = [*calibration, *(["--strata", strata] if strata else []), "--bootstrap", "200"]
-            self.run(seed, method, "zept", "evaluate", *references, "-i", self.predictions(method, seed, self.test),
-                     "-o", out, *flags, "--disable_progress_bar")  # fmt: skip
+            self.run(seed, method, "zept", "evaluate", *flags, "-i", self.predictions(method, seed, split), "-o", out,
+                     "--bootstrap", "200", "--disable_progress_bar")  # fmt: skip
         return pd.read_csv(out / "metrics.csv")
 
     def can_calibrate(self) -> bool:
