@@ -204,6 +204,7 @@ def _refuse_copies(its: Case) -> None:
 
 
 def listed(names: Sequence[str]) -> str:
+    """The first of them, to read."""
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 

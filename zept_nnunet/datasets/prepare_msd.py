@@ -56,7 +56,7 @@ def prepare_msd(name: str, source: Path, target: Path, processes: int, partial: 
         raise ZePTError(f"{source / 'imagesTs'} is missing")
     whole = [pair for pair in training if not set(pair) & set(missing)]
     if not whole:
-        raise ZePTError(f"{source / (missing or [path.name])[0]} is missing; no case is whole")
+        raise ZePTError(f"{path} lists no training case of which image and label are there")
     with ExitStack() as stack:
         if missing or not (source / "imagesTs").is_dir():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".zept_partial_", dir=target.parent)))
